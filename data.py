@@ -1,0 +1,286 @@
+"""The five tasks of the paper and an offline one: load, prompt, tokenise, mask, batch.
+
+`TASKS` is the one place that says where rows come from and what prompt and response are made of them. Rows come from the
+Hugging Face Hub or, with `data_dir`, from `data_dir/<task>/<split>.jsonl` with the same column names. The tokens that bear
+loss are exactly the response and the end token: prompt and response are tokenised apart, so no BPE merge crosses the border.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["TASKS", "Example", "batches", "collate", "encode", "load_rows", "train_tokenizer"]
+
+HELD_OUT = 500  # rows (at most a tenth) carved off the end of train for each split that a source does not have
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task's rows come from and how one becomes a prompt and a response."""
+
+    columns: tuple[str, ...]  # the columns used, all of them text or lists of text
+    prompt: Callable[[dict], str]
+    response: Callable[[dict], str]
+    hub: tuple[str, ...] = ()  # load_dataset's path and configuration; () = local files only
+    revision: str | None = None
+    missing: tuple[str, ...] = ()  # splits that the Hub does not have
+    document: str | None = None  # the column that is cut at its end where a prompt would leave no room for the response
+
+
+def _gsm8k_prompt(row: dict) -> str:
+    return f"{row['question']}\nAnswer the above question. First think step by step and then answer the final number.\n"
+
+
+def _gsm8k_response(row: dict) -> str:
+    return row["answer"].replace("####", "The final answer is: ")
+
+
+def _alpaca_prompt(row: dict) -> str:
+    context = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
+    return f"### Instruction:\n{row['instruction']}{context}\n\n### Response:\n"
+
+
+def _mbpp_prompt(row: dict) -> str:
+    tests = "\n".join(row["test_list"])
+    return f"{row['text']}\nYour code should satisfy these tests:\n{tests}\n"
+
+
+TASKS: dict[str, Task] = {
+    "gsm8k": Task(
+        ("question", "answer"), _gsm8k_prompt, _gsm8k_response, hub=("openai/gsm8k", "main"), missing=("validation",)
+    ),
+    "alpaca": Task(
+        ("instruction", "input", "output"),
+        _alpaca_prompt,
+        lambda row: row["output"],
+        hub=("tatsu-lab/alpaca",),
+        missing=("validation", "test"),
+    ),
+    "mbpp": Task(
+        ("text", "code", "test_list"),
+        _mbpp_prompt,
+        lambda row: row["code"].replace("\r\n", "\n"),
+        hub=("google-research-datasets/mbpp", "full"),
+    ),
+    "cnn_dailymail": Task(
+        ("article", "highlights"),
+        lambda row: f"{row['article']}\nSummarize the above article:\n",
+        lambda row: row["highlights"],
+        hub=("abisee/cnn_dailymail", "3.0.0"),
+        document="article",
+    ),
+    "xsum": Task(
+        ("document", "summary"),
+        lambda row: f"{row['document']}\nSummarize the above article in one sentence:\n",
+        lambda row: row["summary"],
+        hub=("EdinburghNLP/xsum",),
+        revision="refs/convert/parquet",  # the main branch may hold a loading script, which datasets no longer runs
+        document="document",
+    ),
+    "arithmetic": Task(("question", "answer"), _gsm8k_prompt, _gsm8k_response),  # made by arithmetic_rows below
+    "custom": Task(("prompt", "response"), lambda row: row["prompt"], lambda row: row["response"]),  # needs a data_dir
+}
+
+
+def load_rows(task: str, split: str, data_dir: str | Path | None = None, limit: int | None = None) -> list[dict]:
+    """The first `limit` rows of a split (train, validation or test), from the Hub or from `data_dir/<task>/<split>.jsonl`.
+
+    A validation or test split that the source lacks is carved off the end of train, and train then ends before it.
+    Raises ValueError for an unknown task or split, rows without an expected column, unreadable or empty files;
+    FileNotFoundError where `data_dir` lacks the file.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"unknown split {split!r}, expected train, validation or test")
+    spec = TASKS[task]
+    if task == "arithmetic":
+        return arithmetic_rows(split)[:limit]
+    if not data_dir and not spec.hub:
+        raise ValueError(f"task {task!r} has no rows on the Hub: give --data-dir with {task}/train.jsonl in it")
+
+    def exists(name: str) -> bool:
+        return Path(data_dir, task, f"{name}.jsonl").is_file() if data_dir else name not in spec.missing
+
+    carved = [name for name in ("validation", "test") if not exists(name)]
+    if split != "train" and split not in carved:
+        return _read(task, spec, split, data_dir, limit)
+    rows = _read(task, spec, "train", data_dir)
+    size = min(HELD_OUT, len(rows) // 10)
+    ends = [len(rows) - size * (len(carved) - i) for i in range(len(carved) + 1)]
+    if split == "train":
+        return rows[: ends[0]][:limit]
+    start = ends[carved.index(split)]
+    return rows[start : start + size][:limit]
+
+
+def _read(task: str, spec: Task, split: str, data_dir: str | Path | None, limit: int | None = None) -> list[dict]:
+    if data_dir:
+        where = str(Path(data_dir, task, f"{split}.jsonl"))
+        if not Path(where).is_file():
+            raise FileNotFoundError(f"{where} does not exist; --data-dir must hold <task>/train.jsonl (one JSON row a line)")
+        source, kwargs = ("json",), {"data_files": {split: where}}
+    else:
+        where = f"{'/'.join(spec.hub)} on the Hugging Face Hub"
+        source, kwargs = spec.hub, {"revision": spec.revision}
+    try:
+        table = datasets.load_dataset(*source, split=split, **kwargs)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"cannot load the {split} rows of {task} from {where}: {cause}") from error
+    absent = [name for name in spec.columns if name not in table.column_names]
+    if absent:
+        raise ValueError(f"{where}: no column {absent[0]!r} (found {', '.join(table.column_names)})")
+    if len(table) == 0:
+        raise ValueError(f"{where} holds no rows")
+    table = table.select_columns(list(spec.columns)).select(range(min(limit or len(table), len(table))))
+    for number, row in enumerate(table, 1):
+        if any(row[name] is None for name in spec.columns):
+            raise ValueError(f"{where}, row {number}: a value of {', '.join(spec.columns)} is missing or null")
+    return table.to_list()
+
+
+_NAMES = "Anna Ben Carla David Elena Felix Grace Hugo Irene Jonas Karim Lena Marta Nadia Omar Paula".split()
+_THINGS = "apples books cards coins eggs marbles oranges pencils shells stamps stickers tickets".split()
+_SIZES = {"train": 4000, "validation": 300, "test": 300}
+
+
+def arithmetic_rows(split: str) -> list[dict]:
+    """Seeded two-step word problems with worked answers in GSM8K's row format; no question is in two splits."""
+    rng = random.Random(20251019)
+    rows: dict[str, str] = {}
+    while len(rows) < sum(_SIZES.values()):
+        name, friend = rng.sample(_NAMES, 2)
+        thing = rng.choice(_THINGS)
+        a, b, c = rng.randint(12, 60), rng.randint(11, 40), rng.randint(2, 9)
+        # a story and its two steps (left, operator, right, what the result is); `it` stands for the first result
+        story, first, second = rng.choice(
+            [
+                (
+                    f"{name} has {a} {thing}. {friend} gives {name} {b} more, and then {name} loses {c} of them.",
+                    (a, "+", b, f"{thing} after the gift"),
+                    ("it", "-", c, "left"),
+                ),
+                (
+                    f"{name} fills {c} boxes with {b} {thing} each and already had {a} {thing}.",
+                    (c, "*", b, f"{thing} in the boxes"),
+                    ("it", "+", a, "in all"),
+                ),
+                (
+                    f"{name} collects {a} {thing} every day for {c} days and gives {b // 2} of them to {friend}.",
+                    (a, "*", c, f"{thing} in {c} days"),
+                    ("it", "-", b // 2, "left"),
+                ),
+                (
+                    f"{name} has {a} {thing} and {friend} has {b} more than {name}.",
+                    (a, "+", b, f"{thing} for {friend}"),
+                    ("it", "+", a, "together"),
+                ),
+            ]
+        )
+        lines, it = [], 0
+        for left, op, right, what in (first, second):
+            left = it if left == "it" else left
+            it = {"+": left + right, "-": left - right, "*": left * right}[op]
+            lines.append(f"There are {left}{op}{right} = <<{left}{op}{right}={it}>>{it} {what}.")
+        rows[f"{story} How many {thing} are there now?"] = "\n".join([*lines, f"#### {it}"])
+    pairs = [{"question": question, "answer": answer} for question, answer in rows.items()]
+    names = list(_SIZES)
+    start = sum(_SIZES[name] for name in names[: names.index(split)])
+    return pairs[start : start + _SIZES[split]]
+
+
+class Example(NamedTuple):
+    """One tokenised row: `input_ids` [T] int32, of which the first `prompt_length` bear no loss."""
+
+    input_ids: np.ndarray
+    prompt_length: int
+
+
+def encode(task: str, rows: Sequence[dict], tokenizer, max_length: int = 512) -> tuple[list[Example], int]:
+    """Tokenise rows as prompt + response + end token, cut to `max_length` tokens; returns (examples, rows dropped).
+
+    A summarisation document is cut at its end so that a quarter of `max_length` is left for the response (whatever the
+    response is: at test time it is unknown). A row is dropped, and counted, where its response is empty or where the prompt
+    leaves no room for a single response token. Raises ValueError for a tokenizer without an end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token (eos_token): set one, or the draft never learns to stop")
+    spec, examples = TASKS[task], []
+    prompts = [_prompt_ids(tokenizer, spec.prompt(row)) for row in rows]
+    responses = [spec.response(row) for row in rows]
+    response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"] if responses else []
+    for row, prompt, text, response in zip(rows, prompts, responses, response_ids, strict=True):
+        excess = len(prompt) - (max_length - max_length // 4)
+        if spec.document and excess > 0:
+            prompt = _prompt_ids(tokenizer, spec.prompt(row | {spec.document: _cut(tokenizer, row[spec.document], excess)}))
+        if text.strip() and len(prompt) < max_length:
+            ids = np.array([*prompt, *response, tokenizer.eos_token_id][:max_length], dtype=np.int32)
+            examples.append(Example(ids, len(prompt)))
+    return examples, len(rows) - len(examples)
+
+
+def _prompt_ids(tokenizer, text: str) -> list[int]:
+    ids = tokenizer(text)["input_ids"]  # with the start token, where the tokenizer has one
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _cut(tokenizer, text: str, excess: int) -> str:
+    """The text without its last `excess` tokens (all of it gone where it has no more)."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return text[: offsets[-excess][0]] if excess < len(offsets) else ""
+
+
+def collate(examples: Sequence[Example], multiple: int = 32) -> tuple[Tensor, Tensor]:
+    """Right-padded `input_ids` [B, T] and `labels` [B, T] (-100 on prompt and padding), int64, T a multiple of `multiple`.
+
+    No attention mask: causal attention never looks right, and padding bears no loss. Few shapes mean few kernels to compile.
+    """
+    length = -(-max(len(e.input_ids) for e in examples) // multiple) * multiple
+    input_ids = torch.zeros(len(examples), length, dtype=torch.long)
+    labels = torch.full_like(input_ids, -100)
+    for i, (ids, start) in enumerate(examples):
+        input_ids[i, : len(ids)] = torch.from_numpy(ids)
+        labels[i, start : len(ids)] = input_ids[i, start : len(ids)]
+    return input_ids, labels
+
+
+def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """One epoch's batches of row indices, each row once: seeded, of similar lengths inside a batch, in random order.
+
+    The rows are dealt to ceil(N / batch_size) batches whose sizes differ by at most one, so that no stray last batch of two
+    rows takes an optimiser step of its own.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    window = 50 * batch_size  # sort by length only inside windows, so that batches differ from epoch to epoch
+    order = np.concatenate(
+        [w[np.argsort(-np.asarray(lengths)[w], kind="stable")] for w in np.split(order, range(window, len(order), window))]
+    )
+    groups = np.array_split(order, -(-len(order) // batch_size))
+    return [groups[i].tolist() for i in rng.permutation(len(groups))]
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int):
+    """A byte-level BPE tokenizer trained on `texts`, with <|endoftext|> as its end token (for pairs trained from scratch)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False)

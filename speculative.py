@@ -1,0 +1,649 @@
+"""Lossless speculative sampling for any two Hugging Face causal language models that share a tokenizer.
+
+A small draft model proposes `gamma` tokens, the target scores them all in one call, and a rejection rule keeps just those
+that leave the output distributed as the target's own (Leviathan et al. 2023, Algorithm 1; Chen et al. 2023). Batched, and
+with counts that can be trusted. p is always the target's distribution, q the draft's. To reuse it, copy this file.
+
+    out = speculative_generate(target, draft, input_ids, max_new_tokens=128, gamma=5)
+    print(out.stats.alpha, out.stats.tau)  # acceptance rate, tokens per target call
+
+    python speculative.py --target DIR_OR_HUB_ID --draft DIR_OR_HUB_ID --prompt "..."
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+# Lossy acceptance (DistillSpec, section 5.3): the accept test reads f(p, epsilon) >= p in place of p.
+LENIENCE = {"lin": lambda p, eps: p / eps, "sq": lambda p, eps: p / eps**2, "exp": lambda p, eps: p**eps}
+
+
+@dataclass
+class Stats:
+    """What decoding did, counted per row and summed: one target call that serves three unfinished rows counts three.
+
+    Tokens after an end token count nowhere: not as drafted, not as accepted, not as generated.
+    """
+
+    rounds: int = 0  # target calls that judged drafts; a row with one token to go gets a plain target step instead
+    drafted: int = 0  # drafts the row could use: at most gamma, and one less than the tokens it may still write
+    accepted: int = 0
+    rejected: int = 0  # at most one a round, the first that fails
+    never_judged: int = 0  # the drafts after it
+    target_calls: int = 0  # the prompt is scored together with the first drafts: there is no extra call for it
+    generated: int = 0
+    cut: int = 0  # target calls that ended on an accepted end token and so gave no token of the target's own
+    per_position: tuple[list, list] = field(default_factory=lambda: ([], []))  # accepted, judged: by position in the draft
+
+    @property
+    def alpha(self) -> float:
+        """Acceptance rate, accepted / judged (AdaSPEC Eq. 3): drafts after a round's first rejection are not judged."""
+        return _ratio(self.accepted, self.accepted + self.rejected)
+
+    @property
+    def draft_acceptance(self) -> float:
+        """accepted / drafted, the rate vLLM reports; never above alpha."""
+        return _ratio(self.accepted, self.drafted)
+
+    @property
+    def tau(self) -> float:
+        """Block efficiency: tokens generated per target call, measured."""
+        return _ratio(self.generated, self.target_calls)
+
+    def predicted_tau(self, gamma: int) -> float:
+        """(1 - alpha^(gamma+1)) / (1 - alpha): AdaSPEC Eq. 4, which takes acceptance as i.i.d. For comparison only."""
+        return gamma + 1.0 if self.alpha == 1 else (1 - self.alpha ** (gamma + 1)) / (1 - self.alpha)
+
+    def check(self) -> None:
+        """Raise AssertionError unless the counts, each of them counted on its own, add up."""
+        judged = self.accepted + self.rejected
+        assert math.isclose(judged + self.never_judged, self.drafted, abs_tol=1e-6), self
+        assert math.isclose(self.accepted + self.target_calls - self.cut, self.generated, abs_tol=1e-6), self
+        for total, by_position in zip((self.accepted, judged), self.per_position, strict=True):
+            assert math.isclose(total, sum(by_position), abs_tol=1e-6), self
+
+    def __add__(self, other: Stats) -> Stats:
+        counts = [f.name for f in fields(self) if f.name != "per_position"]
+        totals = {name: getattr(self, name) + getattr(other, name) for name in counts}
+        return Stats(**totals, per_position=_add_lists(self.per_position, other.per_position))
+
+    def _record(self, limit: int, accepted: int, new: list[int]) -> None:
+        """Count a round: `accepted` of `limit` usable drafts were kept; the tokens `new`, up to an end token, came out."""
+        if len(new) <= accepted:  # an accepted draft was the end token
+            limit = accepted = len(new)
+            self.cut += 1
+        rejected = int(accepted < limit)
+        self.rounds += int(limit > 0)
+        self.drafted += limit
+        self.accepted += accepted
+        self.rejected += rejected
+        self.never_judged += len(range(accepted + 1, limit))
+        self.target_calls += 1
+        self.generated += len(new)
+        self.per_position = _add_lists(self.per_position, ([1] * accepted, [1] * (accepted + rejected)))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else float("nan")
+
+
+def _add_lists(a: tuple[list, list], b: tuple[list, list]) -> tuple[list, list]:
+    return tuple([x + y for x, y in itertools.zip_longest(*pair, fillvalue=0)] for pair in zip(a, b, strict=True))
+
+
+class SpeculativeOutput(NamedTuple):
+    sequences: torch.Tensor  # [B, <= T + max_new_tokens]: the input as given, then the new tokens, padded on the right
+    stats: Stats  # summed over rows
+    row_stats: list[Stats]
+
+
+class _Lane:
+    """A model and its cache. Invariant: the valid slots of a row hold, in order, a prefix of that row's sequence.
+
+    `forward` appends the same number of slots to every row; `rollback` takes from every row its own number of tokens. What
+    all rows give up is cropped. What only some give up stays behind as holes, slots that the attention mask hides for good;
+    positions count valid slots only, so a hole shifts nothing. When slots exceed twice the longest row the cache is
+    compacted by a gather, which costs about what `torch.cat` of the cache does, and DynamicCache pays that at every forward:
+    a lane holds at most twice its longest row plus a round. One row alone has no holes: no mask, no positions, no gather.
+    """
+
+    def __init__(self, model, input_ids, prompt_mask, vocab_size, last_position):
+        from transformers import DynamicCache  # the one thing the library part needs of transformers
+
+        self.cache = DynamicCache(config=model.config)
+        if any(self.cache.is_sliding) or not self.cache.is_croppable:
+            raise ValueError(f"{type(model).__name__}: every layer must have full attention, or a cache cannot go back")
+        self.model, self.device, self.vocab_size = model, input_ids.device, vocab_size
+        self.last_position = last_position
+        self.mask = prompt_mask  # [B, slots] bool, or None while all slots of all rows are valid
+        self.length = [0] * len(input_ids)  # valid tokens a row
+        if prompt_mask is not None:  # minus the padding: it will have been added when the padded prompt is fed
+            self.length = (prompt_mask.sum(1) - input_ids.shape[1]).tolist()
+
+    def forward(self, tokens: torch.Tensor, keep: int = 1) -> torch.Tensor:
+        """Feed each row its next n tokens, [B, n]; logits [B, keep, vocab_size] at the last `keep` of them."""
+        n, masked = tokens.shape[1], {}
+        self.length = [length + n for length in self.length]
+        if self.mask is not None:
+            self.mask = F.pad(self.mask, (0, self.cache.get_seq_length() + n - self.mask.shape[1]), value=True)
+            positions = self.mask.cumsum(1)[:, -n:] - 1
+            # Clamped, since a row near its end is fed drafts it cannot use, perhaps beyond the model's last position.
+            masked = {"attention_mask": self.mask, "position_ids": positions.clamp_(0, self.last_position)}
+        output = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=keep, **masked)
+        return output.logits[:, -keep:, : self.vocab_size]
+
+    def rollback(self, keep: list[int], rows: list[int] | None = None) -> None:
+        """Drop all rows but `rows` (None: none), then the newest tokens of each until row b holds keep[b] of them."""
+        if rows is not None:
+            index = torch.tensor(rows, device=self.device)
+            self.cache.batch_select_indices(index)
+            self.mask = None if self.mask is None else self.mask[index]
+            self.length = [self.length[row] for row in rows]
+        drop = [length - kept for length, kept in zip(self.length, keep, strict=True)]
+        self.length, longest, common = keep, max(keep), min(drop)
+        if common:
+            self.cache.crop(-common)
+            self.mask = None if self.mask is None else self.mask[:, :-common]
+        slots = self.cache.get_seq_length()
+        if max(drop) > common:
+            ends = torch.tensor(drop, device=self.device)[:, None].neg() + slots + common
+            valid = torch.arange(slots, device=self.device) < ends
+            self.mask = valid if self.mask is None else self.mask & valid
+        if self.mask is not None and slots > longest * (1 if len(keep) == 1 else 2):
+            order = self.mask.int().argsort(dim=1, stable=True)[:, -longest:]  # holes first, then the tokens in order
+            for layer in self.cache.layers:
+                layer.keys = layer.keys.take_along_dim(order[:, None, :, None], 2)
+                layer.values = layer.values.take_along_dim(order[:, None, :, None], 2)
+            self.mask = None if min(keep) == longest else self.mask.take_along_dim(order, 1)
+
+
+def _distribution(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """Logits [..., V] to probabilities [..., V], float32: temperature, then top-k, then top-p, as transformers has them."""
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
+    if top_p < 1:
+        ascending, order = logits.sort(dim=-1)
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[..., -1] = False  # the likeliest token stays, whatever top_p is
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+    return logits.softmax(-1)
+
+
+def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Weights [B, V] of any positive sum and uniforms [B, 1] in [0, 1) to tokens [B, 1], by the inverse of their sum.
+
+    20 times faster on a CPU than torch.multinomial at V = 50,000. right=True: a token of weight 0 is never drawn.
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+
+
+def _verify(logits, drafts, q, limits, uniforms, sampling, lenient):
+    """The rule: how many drafts each row keeps, [B], and the token of the target's own that follows them, [B, 1].
+
+    logits [B, g+1, V] of the target; drafts [B, g]; q: the g distributions [B, V] they were drawn from; limits [B]: how many
+    drafts a row may use; uniforms [B, g+1]; lenient: f(p) or None. Temperature 0 needs neither q nor uniforms.
+    """
+    g, temperature = drafts.shape[1], sampling[0]
+    usable = torch.arange(g, device=drafts.device) < limits[:, None]
+    if temperature == 0:  # the target's argmax or nothing
+        greedy = logits.argmax(-1)
+        accept = drafts == greedy[:, :g]
+        if lenient:
+            p = logits[:, :g].float().softmax(-1)
+            accept |= lenient(p.gather(2, drafts[..., None])[..., 0]) > p.amax(-1)
+        count = (accept & usable).cumprod(1).sum(1)
+        return count, greedy.gather(1, count[:, None])
+
+    p = _distribution(logits, *sampling)
+    row = torch.arange(len(limits), device=limits.device)
+    if g == 0:
+        return torch.zeros_like(limits), _draw(p[:, 0], uniforms)
+    q = torch.stack(q, 1)
+    p_draft, q_draft = (probs[:, :g].gather(2, drafts[..., None])[..., 0] for probs in (p, q))
+    accept = uniforms[:, :g] * q_draft < (lenient(p_draft) if lenient else p_draft)  # u < p / q without a division
+    count = (accept & usable).cumprod(1).sum(1)
+    # The token after a rejection comes from norm(max(p - q, 0)); after the last usable draft (the bonus token) from p.
+    p, q = p[row, count], q[row, count.clamp(max=g - 1)] * (count < limits)[:, None]
+    residual = (p - q).clamp_(min=0)
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)  # p == q to the last bit leaves none
+    return count, _draw(residual, uniforms[:, g:])
+
+
+@contextmanager
+def _inference(*models):
+    """No gradients, and evaluation mode; each module's own mode is put back."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():  # not inference_mode, whose tensors training could not use later
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_arguments(
+    *, gamma=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, lenience=1.0, lenience_fn="exp"
+):
+    """ValueError, in one line, for a setting without a meaning."""
+    for name, value in (("gamma", gamma), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value in (("temperature", temperature), ("top_k", top_k)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    for name, value in (("top_p", top_p), ("lenience", lenience)):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {value}")
+    if lenience_fn not in LENIENCE:
+        raise ValueError(f"lenience_fn must be one of {', '.join(LENIENCE)}, got {lenience_fn!r}")
+
+
+def _check_prompt(models, input_ids, attention_mask, max_new_tokens):
+    """ValueError for input that cannot be decoded; else the mask [B, T] bool, or None when nothing is padded."""
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f"empty prompt: input_ids must be [B, T] with B, T > 0, got {list(input_ids.shape)}")
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if mask.shape != input_ids.shape or not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise ValueError("attention_mask must be [B, T] and mark left padding only: no holes, no right padding")
+    longest = int(mask.sum(1).max())
+    context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in models)
+    if longest + max_new_tokens > context:
+        raise ValueError(f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} > context of {context} tokens")
+    return None if mask.all() else mask
+
+
+def _shared_vocabulary(models, vocab_size):
+    """How many logits to use: all models' heads have them. Heads are padded beyond the tokenizer by different amounts."""
+    smallest = min(model.config.vocab_size for model in models)
+    if vocab_size is not None and not 1 <= vocab_size <= smallest:
+        raise ValueError(f"vocab_size is {vocab_size}, but the smallest output head has {smallest} rows")
+    return vocab_size or smallest
+
+
+def speculative_generate(
+    target, draft, input_ids, attention_mask=None, *, max_new_tokens, gamma=5, temperature=0.0, top_k=0, top_p=1.0,
+    lenience=1.0, lenience_fn="exp", eos_token_id=None, generator=None, vocab_size=None, pad_token_id=None, on_tokens=None,
+) -> SpeculativeOutput:  # fmt: skip
+    """Decode as the target would, several tokens a target call (Leviathan et al. 2023, Algorithm 1).
+
+    Temperature 0 gives the target's greedy output token for token (in float32; in bfloat16 a near-tie may fall either way,
+    since scoring a block rounds differently from single steps). Above 0 the output has the target's distribution whatever
+    the draft is. Rows advance at their own pace, finished rows leave the batch, and each row's result is what it would be alone.
+
+    Args:
+        target, draft: models with full attention and rotary or learned positions, on one device, with one tokenizer; run in
+            evaluation mode and left as they were. draft=None: the target alone, one token a call.
+        input_ids: [B, T]. attention_mask: [B, T], 0 on left padding.
+        max_new_tokens: per row, the end token included. gamma: tokens drafted a round.
+        temperature, top_k, top_p: 0 = greedy, 0 = off, 1 = off; applied in that order to both models.
+        lenience: epsilon in (0, 1], 1 = lossless. Below 1 a draft d passes with probability min(1, f(p(d), epsilon) / q(d)),
+            or at temperature 0 if it is the argmax or f(p(d), epsilon) > max p, with p at temperature 1.
+        lenience_fn: "lin" p / epsilon, "sq" p / epsilon^2, "exp" p^epsilon (DistillSpec, section 5.3).
+        eos_token_id: int, list, or None = never stop early. pad_token_id: default the first end token, else 0.
+        generator: torch.Generator on the models' device, drawn from throughout. None: torch's own.
+        vocab_size: logits of both models are cut to it; len(tokenizer) if heads are padded. Default: the smaller head.
+        on_tokens: called as on_tokens(row, tokens, accepted) after a row's round; the first `accepted` were drafted.
+
+    Raises:
+        ValueError: a setting out of range, padding elsewhere than on the left, a prompt too long for the context, a model with
+            sliding-window or recurrent layers.
+    """
+    _check_arguments(gamma=gamma, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                     lenience=lenience, lenience_fn=lenience_fn)  # fmt: skip
+    models = (target,) if draft is None else (target, draft)
+    mask = _check_prompt(models, input_ids, attention_mask, max_new_tokens)
+    vocab_size = _shared_vocabulary(models, vocab_size)
+    ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    lenient = None if lenience == 1 else lambda p: LENIENCE[lenience_fn](p, lenience)
+    gamma = 0 if draft is None else gamma
+    device, width, sampling = input_ids.device, input_ids.shape[1], (temperature, top_k, top_p)
+    lanes = [_Lane(model, input_ids, mask, vocab_size, width + max_new_tokens - 1) for model in models]
+    target_lane, draft_lane = lanes[0], lanes[-1]
+
+    starts = [width] * len(input_ids) if mask is None else mask.sum(1).tolist()
+    text = [ids[-start:] for ids, start in zip(input_ids.tolist(), starts, strict=True)]  # without padding; it grows
+    stats = [Stats() for _ in text]
+    rows = list(range(len(text)))  # the unfinished ones; every tensor below is [len(rows), ...]
+    target_next = draft_next = input_ids  # what a cache lacks: first the prompt, scored together with the first drafts
+    with _inference(*models):
+        while rows:
+            # A row's last token is always the target's own, so with r to go it can use r - 1 drafts at most.
+            limits = [min(gamma, starts[row] + max_new_tokens - len(text[row]) - 1) for row in rows]
+            g = max(limits)
+            uniforms = torch.empty(len(rows), 2 * g + 1, device=device, dtype=torch.float64)
+            if temperature > 0:  # the round's draws all at once: g drafts, g accept tests, 1 token of the target's own
+                uniforms.uniform_(generator=generator)
+            drafts, q = [], []
+            for i in range(g):
+                logits = draft_lane.forward(drafts[-1] if drafts else draft_next)[:, -1]
+                if temperature > 0:
+                    q.append(_distribution(logits, *sampling))
+                    drafts.append(_draw(q[-1], uniforms[:, i : i + 1]))
+                else:
+                    drafts.append(logits.argmax(-1, keepdim=True))
+            scored = torch.cat([target_next, *drafts], 1)
+            logits = target_lane.forward(scored, keep=g + 1)
+            limit = torch.tensor(limits, device=device)
+            count, own = _verify(logits, scored[:, scored.shape[1] - g :], q, limit, uniforms[:, g:], sampling, lenient)
+            results = torch.cat([count[:, None], own, *drafts], 1).tolist()  # the round's one wait for the device
+
+            alive, lag = [], 1
+            for i, (row, (accepted, last, *drafted)) in enumerate(zip(rows, results, strict=True)):
+                new = [*drafted[:accepted], last]
+                end = next((j for j, token in enumerate(new) if token in ends), None)
+                new = new if end is None else new[: end + 1]
+                text[row] += new
+                stats[row]._record(limits[i], accepted, new)
+                if on_tokens is not None:
+                    on_tokens(row, new, min(accepted, len(new)))
+                if end is None and len(text[row]) < starts[row] + max_new_tokens:
+                    alive.append(i)
+                    if accepted == g:  # the draft was never fed its own last token, so it lacks two
+                        lag = 2
+            survivors = None if len(alive) == len(rows) else alive
+            rows = [rows[i] for i in alive]
+            if rows:
+                target_lane.rollback([len(text[row]) - 1 for row in rows], survivors)
+                target_next = torch.tensor([text[row][-1:] for row in rows], device=device)
+                if gamma:  # all rows are fed alike: if one lacks two tokens, the others give up one more
+                    draft_lane.rollback([len(text[row]) - lag for row in rows], survivors)
+                    draft_next = torch.tensor([text[row][-lag:] for row in rows], device=device)
+
+    for row_stats in stats:
+        row_stats.check()
+    pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
+    new = [tokens[start:] for tokens, start in zip(text, starts, strict=True)]
+    longest = max(map(len, new))
+    new = torch.tensor([tokens + [pad] * (longest - len(tokens)) for tokens in new]).to(input_ids)
+    return SpeculativeOutput(torch.cat([input_ids, new], 1), sum(stats, Stats()), stats)
+
+
+def autoregressive_generate(
+    target, input_ids, attention_mask=None, *, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_token_id=None,
+    generator=None, vocab_size=None, pad_token_id=None,
+) -> torch.Tensor:  # fmt: skip
+    """The same loop without a draft, one token a call: the baseline of every speed-up. Arguments and errors as above.
+
+    Returns the sequences, [B, <= T + max_new_tokens].
+    """
+    return speculative_generate(
+        target, None, input_ids, attention_mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, eos_token_id=eos_token_id, generator=generator, vocab_size=vocab_size, pad_token_id=pad_token_id,
+    ).sequences  # fmt: skip
+
+
+class Acceptance(NamedTuple):
+    overlap: torch.Tensor  # [N] float32: sum_x min(p, q), the chance that a draft is accepted here
+    agree: torch.Tensor  # [N] bool: p and q have the same argmax
+    ratio: torch.Tensor  # [N] float32: min(1, q(x) / p(x)) for the text's token x, that chance given that x comes out
+
+
+def expected_acceptance(
+    target, draft, input_ids, labels, temperature=1.0, *, top_k=0, top_p=1.0, vocab_size=None
+) -> Acceptance:
+    """Acceptance at every response token of a text, exactly, in one pass a model (Leviathan et al. 2023, Theorem 3.5).
+
+    input_ids [B, T], padded on the right (causal attention never looks there, so no mask); labels [B, T], -100 on prompt
+    and padding. The shift is inside: the token at t is predicted at t - 1, so a label in column 0 does not count. The N
+    response tokens come in row order. At temperature 0, p and q are all on their argmax: overlap is agree, ratio is 0 or 1.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+    _check_arguments(temperature=temperature, top_k=top_k, top_p=top_p)
+    vocab_size = _shared_vocabulary((target, draft), vocab_size)
+    found = [[torch.empty(0, device=input_ids.device, dtype=dtype)] for dtype in (torch.float, torch.bool, torch.float)]
+    group = max(1, 2**26 // (input_ids.shape[1] * vocab_size))  # rows a pass: 256 MB of float32 logits a model, or one row
+    with _inference(target, draft):
+        for ids, wanted in zip(input_ids.split(group), (labels[:, 1:] != -100).split(group), strict=True):
+            columns = wanted.any(0).nonzero()[:, 0]  # the head runs only where some row of the group has a response
+            if not len(columns):
+                continue
+            both = [model(ids[:, : columns[-1] + 1], use_cache=False, logits_to_keep=columns) for model in (target, draft)]
+            where = wanted[:, columns].nonzero(as_tuple=True)
+            for row, column in zip(*(index.split(512) for index in where), strict=True):
+                p, q = (output.logits[row, column, :vocab_size] for output in both)
+                token = ids[row, columns[column] + 1]
+                agree = p.argmax(-1) == q.argmax(-1)
+                if temperature == 0:
+                    overlap, ratio = agree.float(), (q.argmax(-1) == token).float()
+                else:
+                    p, q = (_distribution(logits, temperature, top_k, top_p) for logits in (p, q))
+                    overlap = torch.minimum(p, q).sum(-1)
+                    p, q = (probs.gather(1, token[:, None])[:, 0] for probs in (p, q))
+                    ratio = torch.where(q < p, q / p, (q > 0).float())
+                for values, chunk in zip(found, (overlap, agree, ratio), strict=True):
+                    values.append(chunk)
+    return Acceptance(*map(torch.cat, found))
+
+
+class Simulated(NamedTuple):
+    tau: float
+    alpha: float
+    stats: Stats  # expected counts, summed over rows
+    row_stats: list[Stats]
+
+
+def simulate_rounds(ratio, row_lengths: list[int], gamma: int, max_new_tokens: int | None = None) -> Simulated:
+    """The expected counts of speculative decoding along target-written texts, for any gamma, without decoding again.
+
+    A token x comes out of a position with chance p(x), and comes out as an accepted draft with chance min(p(x), q(x)); so
+    given the text, each judged position accepts with chance min(1, q(x) / p(x)), whatever happened before, and a sum over
+    where rounds may start is exact. (overlap is that chance averaged over x: right for one position, wrong for a round,
+    because which x came out also shapes what follows.) The mean over texts drawn from the target is the mean of decoding.
+    At temperature 0 the counts are decoding's own.
+
+    Args:
+        ratio: [N] from `expected_acceptance`, on texts the target wrote with the same temperature, top_k and top_p.
+        row_lengths: response tokens a row, end token included; their sum is N.
+        max_new_tokens: the limit the texts were written under. None: each ended on an end token, far from any limit.
+
+    Raises:
+        ValueError: gamma < 1, lengths that do not add up to N or exceed max_new_tokens.
+    """
+    _check_arguments(gamma=gamma)
+    lengths, limit = torch.tensor(row_lengths, dtype=torch.long), math.inf if max_new_tokens is None else max_new_tokens
+    width = max(row_lengths, default=0)
+    if sum(row_lengths) != len(ratio) or width > limit:
+        raise ValueError("row_lengths must add up to len(ratio), and none may exceed max_new_tokens")
+    chance, start = (torch.zeros(len(lengths), width + gamma + 1, dtype=torch.float64) for _ in range(2))
+    chance[torch.arange(width + gamma + 1) < lengths[:, None]] = ratio.double().cpu()
+    start[lengths > 0, 0] = 1  # start[row, t]: the chance that a round starts at token t
+    rounds, never_judged, target_calls, cut = torch.zeros(4, len(lengths), dtype=torch.float64)
+    accepted, judged = torch.zeros(2, gamma, len(lengths), dtype=torch.float64)
+    for t in range(width):
+        here, usable = start[:, t], int(min(gamma, limit - t - 1))
+        target_calls += here
+        rounds += here * (usable > 0)
+        for i in range(usable):  # here: the chance that the round judges its draft i, for token t + i
+            passed = here * chance[:, t + i]
+            judged[i] += here
+            accepted[i] += passed
+            never_judged += (here - passed) * (usable - i - 1)
+            more = t + i + 1 < lengths
+            start[:, t + i + 1] += (here - passed) * more
+            cut += passed * ~more
+            here = passed * more
+        start[:, t + usable + 1] += here * (t + usable + 1 < lengths)  # all passed: token t + usable was the bonus
+    table = {"rounds": rounds, "never_judged": never_judged, "target_calls": target_calls, "cut": cut}
+    table |= {"accepted": accepted.sum(0), "rejected": (judged - accepted).sum(0), "generated": lengths}
+    table["drafted"] = judged.sum(0) + never_judged
+    row_stats = [
+        Stats(**{k: v[row].item() for k, v in table.items()}, per_position=(accepted[:, row].tolist(), judged[:, row].tolist()))
+        for row in range(len(lengths))
+    ]
+    stats = sum(row_stats, Stats())
+    stats.check()
+    return Simulated(stats.tau, stats.alpha, stats, row_stats)
+
+
+def bootstrap_interval(numerators, denominators, level=0.95, samples=1000, seed=0) -> tuple[float, float]:
+    """(low, high) by percentile bootstrap over prompts, for a ratio of sums such as alpha = sum accepted / sum judged.
+
+    NaN where no resample has a denominator. With a single prompt there is nothing to resample: low = high.
+    """
+    pairs = torch.tensor([list(numerators), list(denominators)], dtype=torch.float64)
+    index = torch.randint(pairs.shape[1], (samples, pairs.shape[1]), generator=torch.Generator().manual_seed(seed))
+    top, bottom = pairs[:, index].sum(-1)
+    low, high = (top / bottom).nanquantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    return low.item(), high.item()
+
+
+class _Stream:
+    """on_tokens for a person: prints text as it comes, accepted drafts in green on a terminal, and clocks itself."""
+
+    def __init__(self, tokenizer, prompt: list[int], show: bool):
+        self.tokenizer, self.ids, self.show, self.shown, self.seconds = tokenizer, list(prompt), show, 0, 0.0
+        self._print("", last=True)
+
+    def _print(self, colour, last=False):
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True) if self.show else ""
+        if last or not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may need the bytes of the next token
+            colour = colour if sys.stdout.isatty() else ""
+            print(colour + text[self.shown :] + ("\033[0m" if colour else ""), end="", flush=True)
+            self.shown = len(text)
+
+    def __call__(self, row, tokens, accepted):
+        start = time.perf_counter()
+        for part, colour in ((tokens[:accepted], "\033[32m"), (tokens[accepted:], "")):
+            if self.show and part:
+                self.ids += part
+                self._print(colour)
+        self.seconds += time.perf_counter() - start
+
+
+def _load(name, dtype, device):
+    """A causal language model and its tokenizer, or a ValueError of one line."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"no such folder: {name}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever transformers and the Hub raise, it means this
+        raise ValueError(f"cannot load a causal language model from {name}: {str(error).splitlines()[0]}") from error
+
+
+def _read_prompts(args):
+    if args.prompt is not None:
+        return [args.prompt]
+    prompts = []
+    for number, line in enumerate(Path(args.prompts).read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                prompts.append(json.loads(line)["prompt"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f'{args.prompts}, line {number}: not a JSON object with a "prompt"') from error
+    if not prompts:
+        raise ValueError(f"{args.prompts}: no prompts")
+    return prompts
+
+
+def _decode_prompts(args):
+    """The command line's work: a dictionary of the settings, the counts and the rates."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    lossy = {"lenience": args.lenience, "lenience_fn": args.lenience_fn, "gamma": args.gamma}
+    _check_arguments(max_new_tokens=args.max_new_tokens, **sampling, **lossy)
+    prompts = _read_prompts(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (target, tokenizer), (draft, other) = (_load(name, getattr(torch, args.dtype), device) for name in (args.target, args.draft))
+    vocabularies = [each.convert_ids_to_tokens(list(range(len(each)))) for each in (tokenizer, other)]
+    for index, (a, b) in enumerate(itertools.zip_longest(*vocabularies)):
+        if a != b:
+            raise ValueError(f"the tokenizers differ: token {index} is {a!r} in the target's, {b!r} in the draft's")
+    inputs = [torch.tensor([tokenizer(prompt).input_ids], dtype=torch.long, device=device) for prompt in prompts]
+    for ids in inputs:
+        _check_prompt((target, draft), ids, None, args.max_new_tokens)
+
+    eos = target.generation_config.eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
+    common = {"eos_token_id": eos, "vocab_size": len(tokenizer), **sampling}
+    speculative_generate(target, draft, inputs[0], max_new_tokens=8, **common, **lossy)  # warm up
+    autoregressive_generate(target, inputs[0], max_new_tokens=8, **common)
+    per_prompt, texts, seconds, baseline_tokens, baseline_seconds = [], [], 0.0, 0, 0.0
+    for ids in inputs:
+        generator = torch.Generator(device).manual_seed(args.seed)
+        stream = _Stream(tokenizer, ids[0].tolist(), show=not args.json)
+        start = time.perf_counter()
+        out = speculative_generate(target, draft, ids, max_new_tokens=args.max_new_tokens, generator=generator,
+                                   on_tokens=stream, **common, **lossy)  # fmt: skip
+        seconds += time.perf_counter() - start - stream.seconds
+        stream._print("", last=True)
+        print(end="" if args.json else "\n\n")
+        generator.manual_seed(args.seed)
+        start = time.perf_counter()
+        plain = autoregressive_generate(target, ids, max_new_tokens=args.max_new_tokens, generator=generator, **common)
+        baseline_seconds += time.perf_counter() - start
+        baseline_tokens += plain.shape[1] - ids.shape[1]
+        per_prompt.append(out.stats)
+        texts.append(tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True))
+    stats = sum(per_prompt, Stats())
+    rate, baseline = stats.generated / seconds, baseline_tokens / baseline_seconds
+    interval = bootstrap_interval([s.accepted for s in per_prompt], [s.accepted + s.rejected for s in per_prompt])
+    return {
+        **vars(args), "device": str(device), **asdict(stats), "alpha": stats.alpha, "alpha_interval": interval, "tau": stats.tau,
+        "draft_acceptance": stats.draft_acceptance, "tokens_per_second": rate, "target_tokens_per_second": baseline,
+        "speedup": rate / baseline, "texts": texts,
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Decode prompts from the command line; 0, or 2 after one line on stderr for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="speculative.py", description="Speculative decoding of prompts, with its statistics.")
+    parser.add_argument("--target", required=True, help="folder or Hub id of the target")
+    parser.add_argument("--draft", required=True, help="folder or Hub id of the draft")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt")
+    source.add_argument("--prompts", help='JSON lines with a "prompt" each')
+    parser.add_argument("--gamma", type=int, default=5, help="tokens drafted a round (default 5)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 = off")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 = off")
+    parser.add_argument("--lenience", type=float, default=1.0, help="epsilon in (0, 1]; 1 = lossless (default)")
+    parser.add_argument("--lenience-fn", choices=LENIENCE, default="exp")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args(argv)
+    try:
+        result = _decode_prompts(args)
+    except (ValueError, OSError) as error:
+        print(f"speculative.py: error: {error}", file=sys.stderr)
+        return 2
+    if args.json:  # NaN is not JSON
+        nan_free = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in result.items()}
+        print(json.dumps(nan_free))
+        return 0
+    low, high = result["alpha_interval"]
+    interval = f" (95% interval over prompts {low:.3f} to {high:.3f})" if len(result["texts"]) > 1 else ""
+    print(f"alpha {result['alpha']:.3f}{interval}, tau {result['tau']:.2f}, {result['generated']} tokens, gamma {args.gamma}")
+    print(f"{result['tokens_per_second']:.1f} tokens/s against {result['target_tokens_per_second']:.1f} with the target alone: "
+          f"speed-up {result['speedup']:.2f}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
