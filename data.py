@@ -5,6 +5,7 @@ Hugging Face Hub or, with `data_dir`, from `data_dir/<task>/<split>.jsonl` with 
 loss are exactly the response and the end token: prompt and response are tokenised apart, so no BPE merge crosses the border.
 """
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -214,28 +215,40 @@ def encode(task: str, rows: Sequence[dict], tokenizer, max_length: int = 512) ->
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token (eos_token): set one, or the draft never learns to stop")
     spec, examples = TASKS[task], []
-    prompts = [_prompt_ids(tokenizer, spec.prompt(row)) for row in rows]
+    if not rows:
+        return [], 0
     responses = [spec.response(row) for row in rows]
-    response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"] if responses else []
-    for row, prompt, text, response in zip(rows, prompts, responses, response_ids, strict=True):
+    response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    prompt_ids = _prompt_ids(tokenizer, [spec.prompt(row) for row in rows])
+    for row, prompt, text, response in zip(rows, prompt_ids, responses, response_ids, strict=True):
         excess = len(prompt) - (max_length - max_length // 4)
         if spec.document and excess > 0:
-            prompt = _prompt_ids(tokenizer, spec.prompt(row | {spec.document: _cut(tokenizer, row[spec.document], excess)}))
+            shorter = row | {spec.document: _cut(tokenizer, row[spec.document], excess)}
+            prompt = _prompt_ids(tokenizer, [spec.prompt(shorter)])[0]
         if text.strip() and len(prompt) < max_length:
             ids = np.array([*prompt, *response, tokenizer.eos_token_id][:max_length], dtype=np.int32)
             examples.append(Example(ids, len(prompt)))
     return examples, len(rows) - len(examples)
 
 
-def _prompt_ids(tokenizer, text: str) -> list[int]:
-    ids = tokenizer(text)["input_ids"]  # with the start token, where the tokenizer has one
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+def _prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Tokens with the start token, where the tokenizer puts one, and without the end token that some put."""
+    ends = [tokenizer.eos_token_id]
+    return [ids[:-1] if ids[-1:] == ends else ids for ids in tokenizer(texts)["input_ids"]]
 
 
 def _cut(tokenizer, text: str, excess: int) -> str:
     """The text without its last `excess` tokens (all of it gone where it has no more)."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return text[: offsets[-excess][0]] if excess < len(offsets) else ""
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """A fingerprint of the tokenised rows: 16 hexadecimal digits."""
+    sha = hashlib.sha256()
+    for example in examples:
+        sha.update(np.int32([example.prompt_length, len(example.input_ids)]).tobytes() + example.input_ids.tobytes())
+    return sha.hexdigest()[:16]
 
 
 def collate(examples: Sequence[Example], multiple: int = 32) -> tuple[Tensor, Tensor]:

@@ -1,24 +1,26 @@
-"""The driver: every task and model pair from the base models to the table, resumable stage by stage.
+"""The driver: every task and model pair, from the base models to the table.
 
-    python run_all.py --preset tiny                           # offline, CPU, minutes
-    torchrun --nproc_per_node 8 run_all.py                    # the paper's grid, 3-epoch regime
+    python run_all.py --preset tiny                                        # offline, CPU, minutes
+    torchrun --nproc_per_node 8 run_all.py                                 # the paper's grid, 3-epoch regime
     torchrun --nproc_per_node 8 run_all.py --regime optimal --tasks gsm8k --pairs pythia --seeds 0,1,2
 
 Each cell (pair, task, seed) is a folder of stages: target fine-tuned, reference distilled (stage 1), DistillSpec draft, AdaSPEC
 draft (stage 2), evaluation. A stage is a Hugging Face folder plus `stage.json`, which says what made it; a finished one is
-used again, and a changed setting re-runs what depends on it. AdaSPEC's quantile is taken over all response tokens of a micro-batch
-of all ranks together (the official code takes it on each GPU alone); without `--micro-batch` that is the whole batch.
+used again, and a changed setting re-runs what depends on it. AdaSPEC's quantile is taken over the response tokens of all ranks
+together (the official code takes it on each GPU alone), so that the number of GPUs changes nothing; with `--micro-batch` it is
+taken over the micro-batches that all ranks process at the same time.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import platform
 import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,12 +34,12 @@ import data
 import train
 from adaspec import select_tokens, token_kl
 from distillspec import DIVERGENCES
-from speculative import Stats, autoregressive_generate, expected_acceptance, speculative_generate
+from speculative import Stats, autoregressive_generate, bootstrap_interval, expected_acceptance, speculative_generate
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and a draft: names of pretrained models (Hub ids or folders), or GPT-NeoX sizes trained from scratch."""
+    """A target and a draft: names of pretrained models (Hub ids or folders), or GPT-NeoX sizes to train from scratch."""
 
     target: str | dict
     draft: str | dict
@@ -53,7 +55,8 @@ PAIRS = {
         target_lr=1e-3,
     ),
 }
-SCRATCH = {"vocab_size": 512, "epochs": 2, "lr": 2e-3, "batch_size": 16}  # pretraining of the pairs given by sizes
+SCRATCH = {"lr": 2e-3, "epochs": 2, "batch_size": 16}  # pretraining of a pair that is given by sizes, on whole train rows
+SCRATCH_VOCABULARY = 512
 
 # The paper's hyper-parameters: batch, then for each pair the learning rate of reference and draft, and the epochs of target,
 # reference and draft in the optimal regime. The 3-epoch regime has 3 epochs everywhere, and the same learning rates.
@@ -64,7 +67,7 @@ RECIPES = {
     "cnn_dailymail": (16, {"pythia": (1e-4, (1, 10, 10)), "codegen": (1e-4, (1, 10, 10))}),
     "xsum": (16, {"pythia": (3e-4, (1, 10, 10)), "codegen": (1e-4, (1, 10, 10))}),
 }
-OTHER_LR = {"tiny": 2e-3, "other": 3e-4}  # pairs that the paper does not have: batch 16, 3 epochs
+OTHER_LR = {"tiny": 2e-3, "custom": 3e-4}  # pairs that the paper does not have: 3 epochs, batch 16 for other tasks too
 
 PRESETS = {
     "tiny": {
@@ -74,20 +77,19 @@ PRESETS = {
         "max_length": 128,
         "max_new_tokens": 64,
         "eval_prompts": 100,
-    },
+    }
 }
 
 
 def recipe(task: str, pair: str, args) -> dict:
     """Batch size, learning rate and epochs (target, reference, draft) of a cell: the paper's, unless given by flags."""
-    batch, by_pair = RECIPES.get(task, (16, {}))
-    lr, epochs = by_pair.get(pair, (OTHER_LR.get(pair, OTHER_LR["other"]), (3, 3, 3)))
-    if args.regime == "3-epoch":
-        epochs = (3, 3, 3)
-    return {"batch_size": args.batch or batch, "lr": args.lr or lr, "epochs": args.epochs or epochs}
+    batch_size, by_pair = RECIPES.get(task, (16, {}))
+    lr, epochs = by_pair.get(pair) or (OTHER_LR.get(pair, 3e-4), (3, 3, 3))
+    epochs = args.epochs or (epochs if args.regime == "optimal" else (3, 3, 3))
+    return {"batch_size": args.batch or batch_size, "lr": args.lr or lr, "epochs": epochs}
 
 
-# ---------------------------------------------------------------------------------------------------------------- objectives
+# What the stages minimise: objective(logits [N, V], batch) -> (sum of losses, tokens in it), see train.py
 
 
 def cross_entropy(logits, batch):
@@ -121,28 +123,38 @@ def selective_distillation(target, reference, k: float):
     return objective
 
 
-# -------------------------------------------------------------------------------------------------------------------- stages
+# Stages and models
 
 
-def fingerprint(settings: dict) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+def say(text: str) -> None:
+    if train.rank() == 0:
+        tqdm.write(text)
 
 
 def agreed(value):
-    """Rank 0's value on every rank: what one rank reads from a disk that others write to must be decided once."""
+    """Rank 0's value on every rank (and a barrier): what is read from a disk that rank 0 writes to is decided once."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def stage(folder: Path, settings: dict, work, tokenizer) -> tuple[Path, str]:
+def versions() -> dict:
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def fingerprint(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def stage(folder: Path, settings: dict, tokenizer, work) -> tuple[Path, str]:
     """Run `work() -> (model, summary)` and save its model in `folder`, unless the folder holds that of equal settings.
 
-    Returns the folder and the settings' fingerprint, which the stages that build on this one put among theirs.
+    Returns the folder and the settings' fingerprint, which stages that build on this one put among their own settings.
     """
     mark, note = fingerprint(settings), folder / "stage.json"
     if agreed(note.is_file() and json.loads(note.read_text())["fingerprint"] == mark):
+        say(f"  {folder.name}: done before")
         return folder, mark
     model, summary = work()
     if train.rank() == 0:
@@ -154,12 +166,8 @@ def stage(folder: Path, settings: dict, work, tokenizer) -> tuple[Path, str]:
         made_by = {"fingerprint": mark, "settings": settings, "summary": summary, "versions": versions()}
         (partial / "stage.json").write_text(json.dumps(made_by, indent=1))
         partial.rename(folder)  # only a whole folder ever carries the name
-    agreed(None)
-    return folder, mark
-
-
-def versions() -> dict:
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    say(f"  {folder.name}: {summary['steps']} steps, last loss {summary['loss']:.4f}, {summary['seconds']} s")
+    return agreed((folder, mark))
 
 
 def resolve(name: str, models_dir: str | None) -> str:
@@ -172,23 +180,21 @@ def resolve(name: str, models_dir: str | None) -> str:
 
 
 def identity(name: str) -> str:
-    """What identifies a pretrained model in a fingerprint: its name and, for a local folder, its weights' sizes and times."""
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(name).glob("*.safetensors"))]
-    return f"{name} {stats}" if stats else name
+    """What stands for a pretrained model in a fingerprint: its name and, of a local folder, its weights' sizes and times."""
+    return f"{name} {[(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(name).glob('*.safetensors'))]}"
 
 
 def shared_tokenizer(target: str, draft: str):
     """The pair's tokenizer. Raises ValueError where the two disagree, naming the first token that differs."""
     tokenizers = [AutoTokenizer.from_pretrained(name) for name in (target, draft)]
-    names = [{index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in tokenizers]
-    for index in range(max(len(name) for name in names)):
-        tokens = [name.get(index) for name in names]
-        if tokens[0] != tokens[1]:
-            raise ValueError(f"the tokenizers of {target} and {draft} differ: token {index} is {tokens[0]!r} and {tokens[1]!r}")
+    vocabularies = [tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) for tokenizer in tokenizers]
+    for index, (a, b) in enumerate(itertools.zip_longest(*vocabularies)):
+        if a != b:
+            raise ValueError(f"the tokenizers differ: token {index} is {a!r} in {target}, {b!r} in {draft}")
     return tokenizers[0]
 
 
-def load_model(name: str, device, vocab_size: int, dtype=torch.float32):
+def load_model(name, device, vocab_size: int, dtype=torch.float32):
     """A causal LM in eval mode. Raises ValueError where its output head has fewer rows than the tokenizer has tokens."""
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     rows = model.get_output_embeddings().weight.shape[0]
@@ -200,18 +206,9 @@ def load_model(name: str, device, vocab_size: int, dtype=torch.float32):
 def scratch_model(sizes: dict, tokenizer, seed: int):
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
-    extra = {"intermediate_size": 4 * sizes["hidden_size"], "max_position_embeddings": 1024}
-    return AutoModelForCausalLM.from_config(
-        GPTNeoXConfig(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **extra, **sizes)
-    )
-
-
-def say(text: str) -> None:
-    if train.rank() == 0:
-        tqdm.write(text)
-
-
-# ---------------------------------------------------------------------------------------------------------------------- cell
+    sizes = {"intermediate_size": 4 * sizes["hidden_size"], "max_position_embeddings": 1024, **sizes}
+    config = GPTNeoXConfig(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **sizes)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def run_cell(task: str, pair_name: str, seed: int, args, device) -> list[dict]:
@@ -219,333 +216,248 @@ def run_cell(task: str, pair_name: str, seed: int, args, device) -> list[dict]:
     folder = Path(args.out, pair_name, task, f"seed{seed}")
     pair = Pair(args.target, args.draft) if pair_name == "custom" else PAIRS[pair_name]
     plan = recipe(task, pair_name, args)
+    scratch, spec = isinstance(pair.target, dict), data.TASKS[task]
     rows = data.load_rows(task, "train", args.data_dir, args.limit)
-    spec = data.TASKS[task]
-    scratch = isinstance(pair.target, dict)
     if scratch:
-        tokenizer = data.train_tokenizer([spec.prompt(r) + spec.response(r) for r in rows], SCRATCH["vocab_size"])
+        tokenizer = data.train_tokenizer([spec.prompt(row) + spec.response(row) for row in rows], SCRATCH_VOCABULARY)
     else:
-        names = [resolve(name, args.models_dir) for name in (pair.target, pair.draft)]
-        tokenizer = shared_tokenizer(*names)
+        base_target, base_draft = (resolve(name, args.models_dir) for name in (pair.target, pair.draft))
+        tokenizer = shared_tokenizer(base_target, base_draft)
     vocab_size = len(tokenizer)
     examples, dropped = data.encode(task, rows, tokenizer, args.max_length)
-    test_rows = data.load_rows(task, "test", args.data_dir, args.eval_prompts)
-    test, test_dropped = data.encode(task, test_rows, tokenizer, args.max_length)
+    rows = data.load_rows(task, "test", args.data_dir, args.eval_prompts)
+    test, test_dropped = data.encode(task, rows, tokenizer, args.max_length)
     say(
-        f"\n{pair_name} / {task} / seed {seed}: {len(examples)} train rows, {len(test)} test prompts"
-        f" (dropped for want of a response within {args.max_length} tokens: {dropped} and {test_dropped})"
+        f"\n{pair_name} / {task} / seed {seed}: {len(examples)} train rows, {len(test)} test prompts "
+        f"({dropped} and {test_dropped} rows dropped: no response within {args.max_length} tokens)"
     )
     if not examples or not test:
         raise ValueError(f"{task}: no rows are left within {args.max_length} tokens; raise --max-length")
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.input_ids.tobytes() + example.prompt_length.to_bytes(4, "little"))
-    common = {"data": digest.hexdigest()[:16], "seed": seed, "dtype": args.dtype, "max_steps": args.max_steps}
-    frozen_dtype = train.DTYPES[args.dtype]
+    common = {"data": data.digest(examples), "seed": seed, "dtype": args.dtype, "max_steps": args.max_steps}
 
-    def fit(name, make_model, objective, init, lr, epochs, batch_size=plan["batch_size"], on=examples, **extra):
-        settings = {
-            "stage": name,
-            "init": init,
-            "lr": lr,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            **common,
-            **extra,
-        }
+    def fit(name, init, make_model, make_objective, lr, epochs, batch_size=plan["batch_size"], on=examples, **more):
+        """A stage that trains make_model(), which `init` stands for in the fingerprint."""
 
         def work():
             model = make_model().to(device)
-            summary = train.train(
-                model,
-                on,
-                objective(),
-                vocab_size=vocab_size,
-                lr=lr,
-                epochs=epochs,
-                batch_size=batch_size,
-                micro_batch=args.micro_batch,
-                dtype=args.dtype,
-                seed=seed,
-                max_steps=args.max_steps,
-                name=f"{task} {name}",
-            )
-            return model, summary
+            hyper = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "max_steps": args.max_steps, "seed": seed}
+            amp = {"micro_batch": args.micro_batch, "dtype": args.dtype}
+            label = f"{task} {name}"
+            return model, train.train(model, on, make_objective(), vocab_size=vocab_size, name=label, **hyper, **amp)
 
-        return stage(folder / name, settings, work, tokenizer)
+        settings = {"stage": name, "init": init, "lr": lr, "epochs": epochs, "batch_size": batch_size}
+        return stage(folder / name, settings | common | more, tokenizer, work)
+
+    def trainable(path):
+        return lambda: load_model(path, device, vocab_size)
 
     def frozen(path):
-        return train.ResponseLogits(load_model(path, device, vocab_size, frozen_dtype), vocab_size)
+        return train.ResponseLogits(load_model(path, device, vocab_size, train.DTYPES[args.dtype]), vocab_size)
 
     if scratch:
-        everything = [example._replace(prompt_length=0) for example in examples]
-        recipe_of_base = {key: SCRATCH[key] for key in ("lr", "epochs", "batch_size")}
+        whole = [example._replace(prompt_length=0) for example in examples]  # loss on prompts too: a language model
         (base_target, target_mark), (base_draft, draft_mark) = (
             fit(
                 f"base-{role}",
+                sizes,
                 lambda sizes=sizes: scratch_model(sizes, tokenizer, seed),
                 lambda: cross_entropy,
-                sizes,
-                on=everything,
-                **recipe_of_base,
+                on=whole,
+                **SCRATCH,
             )
             for role, sizes in (("target", pair.target), ("draft", pair.draft))
         )
     else:
-        base_target, base_draft = names
         target_mark, draft_mark = identity(base_target), identity(base_draft)
 
-    target_epochs, reference_epochs, draft_epochs = plan["epochs"]
-    target = base_target
+    target, (target_epochs, reference_epochs, draft_epochs) = base_target, plan["epochs"]
     if target_epochs:
+        target_lr = args.target_lr or pair.target_lr
         target, target_mark = fit(
-            "target",
-            lambda: load_model(base_target, device, vocab_size),
-            lambda: cross_entropy,
-            target_mark,
-            args.target_lr or pair.target_lr,
-            target_epochs,
+            "target", target_mark, trainable(base_target), lambda: cross_entropy, target_lr, target_epochs
         )
 
-    def distil(epochs):  # reference and DistillSpec draft are one recipe: trained once where their epochs are equal
-        return fit(
-            f"distilled-{epochs}-epochs",
-            lambda: load_model(base_draft, device, vocab_size),
-            lambda: distillation(frozen(target)),
-            draft_mark,
-            plan["lr"],
-            epochs,
-            target=target_mark,
-        )
+    def distil(epochs):  # reference and DistillSpec draft are one recipe, run once where their epochs are the same
+        start = (f"distilled-{epochs}-epochs", draft_mark, trainable(base_draft))
+        return fit(*start, lambda: distillation(frozen(target)), plan["lr"], epochs, target=target_mark)
 
     drafts = {"base": (base_draft, draft_mark)}
     if "distillspec" in args.methods:
         drafts["DistillSpec"] = distil(draft_epochs)
     if "adaspec" in args.methods:
         reference, reference_mark = distil(reference_epochs)
+        more = {"target": target_mark, "reference": reference_mark, "k": args.k, "micro_batch": args.micro_batch}
         drafts["AdaSPEC"] = fit(
             "adaspec",
-            lambda: load_model(base_draft, device, vocab_size),
-            lambda: selective_distillation(frozen(target), frozen(reference), args.k),
             draft_mark,
+            trainable(base_draft),
+            lambda: selective_distillation(frozen(target), frozen(reference), args.k),
             plan["lr"],
             draft_epochs,
-            target=target_mark,
-            reference=reference_mark,
-            k=args.k,
-            micro_batch=args.micro_batch,
+            **more,
         )
 
-    protocol = {
-        "task": task,
-        "pair": pair_name,
-        "seed": seed,
-        "split": "test",
-        "prompts": len(test),
-        "gamma": args.gamma,
-        "max_new_tokens": args.max_new_tokens,
-        "dtype": args.dtype,
-        "timed_prompts": min(args.timed_prompts, len(test)),
-    }
-    marks = {"target": target_mark, **{name: mark for name, (_, mark) in drafts.items()}}
-    mark, result = fingerprint(protocol | marks), folder / "evaluation.json"
-    saved = agreed(json.loads(result.read_text()) if result.is_file() else None)
-    if saved and saved["fingerprint"] == mark:
+    flags = ("gamma", "max_new_tokens", "max_length", "dtype", "eval_batch", "timed_prompts")
+    protocol = {"pair": pair_name, "task": task, "seed": seed, "split": "test", "prompts": len(test)}
+    protocol |= {flag: getattr(args, flag) for flag in flags}
+    models = {"target": target_mark, **{name: mark for name, (_, mark) in drafts.items()}}
+    mark, note = fingerprint(protocol | models | {"test": data.digest(test)}), folder / "evaluation.json"
+    saved = agreed(json.loads(note.read_text()) if note.is_file() else {})
+    if saved.get("fingerprint") == mark:
         return saved["rows"]
-    models = {name: load_model(path, device, vocab_size, frozen_dtype) for name, (path, _) in drafts.items()}
-    target_model = load_model(target, device, vocab_size, frozen_dtype)
-    rows = [protocol | row for row in evaluate(target_model, models, test, tokenizer, args, seed, f"{task} evaluation")]
+    loaded = {name: frozen(path).model for name, (path, _) in drafts.items()}
+    rows = evaluate(frozen(target).model, loaded, test, tokenizer, args, seed, f"{task} evaluation")
+    rows = agreed([protocol | row for row in rows])  # rank 0's have the timings
     if train.rank() == 0:
-        result.write_text(json.dumps({"fingerprint": mark, "versions": versions(), "rows": rows}, indent=1))
+        note.write_text(json.dumps({"fingerprint": mark, "versions": versions(), "rows": rows}, indent=1))
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------- evaluation
+# Evaluation
 
 
 def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: str) -> list[dict]:
     """Acceptance of every draft on held-out prompts at temperature 0 and 1, and the speed-up over the target alone.
 
-    Counts (alpha, tau) come from decoding all prompts in batches, which are spread over the ranks; expected acceptance and
+    Counts (alpha, tau) come from decoding all prompts in batches, which are dealt to the ranks; expected acceptance and
     argmax agreement from one pass over the text that the target alone writes for the same prompts; the speed-up from decoding
     the first `timed_prompts` one by one on rank 0, the target alone and each draft in turn for every prompt.
     """
-    device, end, vocab_size = target.device, tokenizer.eos_token_id, len(tokenizer)
-    common = {"max_new_tokens": args.max_new_tokens, "eos_token_id": end, "vocab_size": vocab_size}
+    device, end = target.device, tokenizer.eos_token_id
+    common = {"max_new_tokens": args.max_new_tokens, "eos_token_id": end, "vocab_size": len(tokenizer)}
     prompts = [torch.from_numpy(e.input_ids[: e.prompt_length]).long() for e in examples]
-    groups = [range(i, min(i + args.eval_batch, len(prompts))) for i in range(0, len(prompts), args.eval_batch)]
-    timed = range(min(args.timed_prompts, len(prompts)))
-    rows = []
-    bar = tqdm(total=2 * (len(groups) + len(timed)), desc=name, unit="batch", delay=2, disable=train.rank() != 0)
+    groups = [prompts[i : i + args.eval_batch] for i in range(0, len(prompts), args.eval_batch)]
+    timed, rows = [prompt.to(device)[None] for prompt in prompts[: args.timed_prompts]], []
+    total = 2 * (len(groups) + len(timed))
+    bar = tqdm(total=total, desc=name, unit="batch", delay=2, disable=train.rank() != 0)
     for temperature in (0.0, 1.0):
-        totals = {draft: [Stats(), 0.0, 0, 0] for draft in drafts}  # counts, overlap, agreements, target-written tokens
+        found = {draft: ([], [], []) for draft in drafts}  # of this rank: Stats by prompt; overlap and agreement by token
         for number, group in enumerate(groups):
-            if number % train.world_size() == train.rank():
-                ids, mask = left_padded([prompts[i] for i in group], device)
-                random = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
-                text = autoregressive_generate(target, ids, mask, temperature=temperature, generator=random, **common)
-                written = [response(text[row, ids.shape[1] :], prompts[i], end) for row, i in enumerate(group)]
-                text_ids, labels = (t.to(device) for t in data.collate(written))
-                for draft, model in drafts.items():
-                    exact = expected_acceptance(target, model, text_ids, labels, temperature, vocab_size=vocab_size)
-                    out = speculative_generate(
-                        target, model, ids, mask, gamma=args.gamma, temperature=temperature, generator=random, **common
-                    )
-                    sums = (out.stats, exact.overlap.sum().item(), exact.agree.sum().item(), len(exact.agree))
-                    totals[draft] = [a + b for a, b in zip(totals[draft], sums, strict=True)]
             bar.update()
+            if number % train.world_size() != train.rank():
+                continue
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
+            sampling = {"temperature": temperature, "generator": generator, **common}
+            width = max(len(prompt) for prompt in group)
+            ids = torch.stack([F.pad(prompt, (width - len(prompt), 0)) for prompt in group]).to(device)
+            mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in group]).to(device)
+            text = autoregressive_generate(target, ids, mask, **sampling).cpu()
+            written = [response(row[width:], prompt, end) for row, prompt in zip(text, group, strict=True)]
+            text, labels = (tensor.to(device) for tensor in data.collate(written))
+            for draft, model in drafts.items():
+                exact = expected_acceptance(target, model, text, labels, temperature, vocab_size=len(tokenizer))
+                out = speculative_generate(target, model, ids, mask, gamma=args.gamma, **sampling)
+                for values, new in zip(found[draft], (out.row_stats, exact.overlap, exact.agree), strict=True):
+                    values += new if isinstance(new, list) else new.tolist()
+        parts = [found]
         if dist.is_initialized():
             parts = [None] * train.world_size()
-            dist.all_gather_object(parts, totals)
-            totals = {d: [sum(x[1:], x[0]) for x in zip(*(p[d] for p in parts), strict=True)] for d in drafts}
-        speed = timings(target, drafts, [prompts[i].to(device) for i in timed], temperature, args, seed, common, bar)
-        for draft, (stats, overlap, agree, count) in totals.items():
-            rows.append(
-                {
-                    "temperature": temperature,
-                    "draft": draft,
-                    "alpha": stats.alpha,
-                    "tau": stats.tau,
-                    "expected_acceptance": overlap / count,
-                    "agreement": agree / count,
-                    "speedup": speed.get(draft),
-                    "rounds": stats.rounds,
-                    "drafted": stats.drafted,
-                    "accepted": stats.accepted,
-                    "rejected": stats.rejected,
-                    "target_calls": stats.target_calls,
-                    "generated": stats.generated,
-                }
-            )
+            dist.all_gather_object(parts, found)
+        speedups = timings(target, drafts, timed, temperature, args.gamma, seed, common, bar)
+        for draft in drafts:
+            by_prompt, overlap, agree = ([value for part in parts for value in part[draft][i]] for i in range(3))
+            stats = sum(by_prompt, Stats())
+            interval = bootstrap_interval([s.accepted for s in by_prompt], [s.accepted + s.rejected for s in by_prompt])
+            row = {"temperature": temperature, "draft": draft, "alpha": stats.alpha, "alpha_interval": interval}
+            row |= {"tau": stats.tau, "expected_acceptance": sum(overlap) / len(overlap)}
+            row |= {"agreement": sum(agree) / len(agree), "speedup": speedups.get(draft), "counts": asdict(stats)}
+            rows.append(row)
     bar.close()
     return rows
 
 
-def left_padded(prompts, device):
-    width = max(len(p) for p in prompts)
-    ids = torch.stack([F.pad(p, (width - len(p), 0)) for p in prompts])
-    mask = torch.stack([F.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts])
-    return ids.to(device), mask.to(device)
-
-
 def response(tokens, prompt, end: int) -> data.Example:
-    """Prompt and generated tokens up to the end token (what follows it is padding) as an example."""
-    tokens = tokens.cpu()
+    """Prompt and generated tokens, up to the end token (what follows it is padding), as an example."""
     ends = (tokens == end).nonzero()
     tokens = tokens[: int(ends[0]) + 1] if len(ends) else tokens
     return data.Example(torch.cat([prompt, tokens]).int().numpy(), len(prompt))
 
 
-def timings(target, drafts, prompts, temperature, args, seed, common, bar) -> dict:
-    """Speed-up of each draft over the target alone, tokens per second over tokens per second, on rank 0 ({} elsewhere)."""
+def timings(target, drafts, prompts, temperature, gamma, seed, common, bar) -> dict:
+    """Each draft's speed-up over the target alone (ratio of tokens per second), measured on rank 0; {} elsewhere."""
     if train.rank() != 0:
         return {}
-    seconds, tokens = dict.fromkeys(["alone", *drafts], 0.0), dict.fromkeys(["alone", *drafts], 0)
+    alone, device = object(), target.device
+    seconds, tokens = dict.fromkeys([alone, *drafts], 0.0), dict.fromkeys([alone, *drafts], 0)
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first one twice: its first run is the warm-up
         for draft in seconds:
-            sampling = {
-                "temperature": temperature,
-                "generator": torch.Generator(target.device).manual_seed(seed + number),
-            }
-            if target.device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            if draft == "alone":
-                sequences = autoregressive_generate(target, prompt[None], **sampling, **common)
+            sampling = {"temperature": temperature, "generator": torch.Generator(device).manual_seed(seed + number), **common}
+            start = clock(device)
+            if draft is alone:
+                sequences = autoregressive_generate(target, prompt, **sampling)
             else:
-                sequences = speculative_generate(
-                    target, drafts[draft], prompt[None], gamma=args.gamma, **sampling, **common
-                ).sequences
-            if target.device.type == "cuda":
-                torch.cuda.synchronize()
+                sequences = speculative_generate(target, drafts[draft], prompt, gamma=gamma, **sampling).sequences
             if number:
-                seconds[draft] += time.perf_counter() - start
-                tokens[draft] += sequences.shape[1] - len(prompt)
-        bar.update(1 if number else 0)
-    return {d: tokens[d] / seconds[d] / (tokens["alone"] / seconds["alone"]) for d in drafts}
+                seconds[draft] += clock(device) - start
+                tokens[draft] += sequences.shape[1] - prompt.shape[1]
+        bar.update(bool(number))
+    return {draft: tokens[draft] / seconds[draft] / (tokens[alone] / seconds[alone]) for draft in drafts}
+
+
+def clock(device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def table(rows: list[dict]) -> str:
     """The results as a Markdown table."""
-    lines = [
-        "| task | pair | seed | T | draft | alpha | tau | expected acceptance | argmax agreement | speed-up |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
+    columns = "task | pair | seed | T | draft | alpha (95% interval) | tau | expected acceptance | argmax agreement | speed-up"
+    lines = [f"| {columns} |", "|" + " --- |" * (columns.count("|") + 1)]
+    for row in rows:
+        low, high = row["alpha_interval"]
         lines.append(
-            f"| {r['task']} | {r['pair']} | {r['seed']} | {r['temperature']:g} | {r['draft']} | {r['alpha']:.3f} | {r['tau']:.2f} "
-            f"| {r['expected_acceptance']:.3f} | {r['agreement']:.3f} | {r['speedup']:.2f}x |"
+            "| {task} | {pair} | {seed} | {temperature:g} | {draft} | {alpha:.3f} ({low:.3f}-{high:.3f}) | {tau:.2f} "
+            "| {expected_acceptance:.3f} | {agreement:.3f} | {speedup:.2f}x |".format(**row, low=low, high=high)
         )
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- main
-
-
 def parse(argv=None):
-    names = lambda text: text.split(",")  # noqa: E731
-    numbers = lambda text: tuple(int(x) for x in text.split(","))  # noqa: E731
+    def names(text):
+        return text.split(",")
+
+    def numbers(text):
+        return tuple(int(number) for number in text.split(","))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="tiny: the offline task and pair, minutes on two cores")
-    add("--tasks", default=",".join(RECIPES), help=f"comma-separated, of {', '.join(data.TASKS)}")
-    add(
-        "--pairs",
-        default="pythia,codegen",
-        help=f"comma-separated, of {', '.join(PAIRS)}; or custom with --target, --draft",
-    )
-    add("--target", help="Hub id or folder of your own target (with --pairs custom)")
-    add("--draft", help="Hub id or folder of your own draft (with --pairs custom)")
-    add("--methods", type=names, default=["distillspec", "adaspec"], help="distillspec,adaspec")
+    add("--tasks", type=names, default=",".join(RECIPES), help=f"comma-separated, of {', '.join(data.TASKS)}")
+    add("--pairs", type=names, default="pythia,codegen", help=f"comma-separated, of {', '.join(PAIRS)}, custom")
+    add("--target", help="with --pairs custom: Hub id or folder of your target")
+    add("--draft", help="with --pairs custom: Hub id or folder of your draft")
+    add("--methods", type=names, default="distillspec,adaspec")
     add("--regime", choices=["3-epoch", "optimal"], default="3-epoch", help="the paper's epochs")
-    add("--seeds", type=numbers, default=(0,), help="comma-separated")
-    add("--data-dir", help="local rows <task>/<split>.jsonl instead of the Hub's")
+    add("--seeds", type=numbers, default="0", help="comma-separated")
+    add("--data-dir", help="rows from <data-dir>/<task>/<split>.jsonl instead of the Hub")
     add("--models-dir", help="folder that holds the pretrained models by name")
     add("--out", default="runs", help="where stages and results go")
     add("--limit", type=int, help="train on the first rows only")
     add("--k", type=float, default=0.4, help="AdaSPEC's fraction of tokens kept")
     add("--batch", type=int, help="rows of an optimiser step, over all ranks")
-    add(
-        "--micro-batch",
-        type=int,
-        help="rows of one forward on one rank (AdaSPEC's quantile is then over micro-batches)",
-    )
+    add("--micro-batch", type=int, help="rows of one forward on one rank")
     add("--lr", type=float, help="of reference and draft")
     add("--target-lr", type=float)
-    add("--epochs", type=numbers, help="target,reference,draft; 0 for the target takes it as it is")
+    add("--epochs", type=numbers, help="target,reference,draft; target 0: it is fine-tuned already")
     add("--max-steps", type=int, help="cut every stage short")
     add("--max-length", type=int, default=512, help="tokens of a training row")
-    add("--dtype", choices=train.DTYPES, help="autocast and frozen models; default bfloat16 on GPU, float32 on CPU")
-    add("--gamma", type=int, default=5, help="drafted tokens a round")
+    add("--dtype", choices=train.DTYPES, help="default bfloat16 on GPU, float32 on CPU")
+    add("--gamma", type=int, default=5, help="tokens drafted a round")
     add("--max-new-tokens", type=int, default=128)
     add("--eval-prompts", type=int, default=200, help="test prompts that acceptance is counted on")
     add("--eval-batch", type=int, default=20)
-    add("--timed-prompts", type=int, default=20, help="test prompts, one by one, that the speed-up is measured on")
-    preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
+    add("--timed-prompts", type=int, default=20, help="test prompts that the speed-up is measured on, one by one")
+    parser.set_defaults(**PRESETS.get(parser.parse_known_args(argv)[0].preset, {}))
     args = parser.parse_args(argv)
-    args.tasks, args.pairs = args.tasks.split(","), args.pairs.split(",")
-    for what, given, valid in (
-        ("task", args.tasks, data.TASKS),
-        ("pair", args.pairs, [*PAIRS, "custom"]),
-        ("method", args.methods, ["distillspec", "adaspec"]),
-    ):
-        for name in given:
+    choices = {"tasks": [*data.TASKS], "pairs": [*PAIRS, "custom"], "methods": ["distillspec", "adaspec"]}
+    for flag, valid in choices.items():
+        for name in getattr(args, flag):
             if name not in valid:
-                parser.error(f"unknown {what} {name!r}, expected one of {', '.join(valid)}")
-    for flag in (
-        "limit",
-        "batch",
-        "micro_batch",
-        "max_steps",
-        "gamma",
-        "max_new_tokens",
-        "eval_prompts",
-        "eval_batch",
-        "timed_prompts",
-    ):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} must be at least 1")
+                parser.error(f"--{flag}: unknown name {name!r}, expected some of {', '.join(valid)}")
+    for flag, value in vars(args).items():
+        if isinstance(value, int) and value < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
     if not 0 < args.k <= 1:
         parser.error(f"--k must be in (0, 1], got {args.k}")
     if args.epochs and (len(args.epochs) != 3 or args.epochs[0] < 0 or min(args.epochs[1:]) < 1):
@@ -556,37 +468,36 @@ def parse(argv=None):
 
 
 def main(argv=None) -> None:
-    args = parse(argv)
+    args, started = parse(argv), time.time()
     device = train.setup()
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     data.datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     if train.rank() != 0:
         transformers.logging.set_verbosity_error()
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    started, rows = time.time(), []
+    rows = []
     for pair in args.pairs:
         for task in args.tasks:
             for seed in args.seeds:
                 rows += run_cell(task, pair, seed, args, device)
     protocol = (
-        f"Protocol: first {args.eval_prompts} test prompts (speed-up: first {args.timed_prompts}, one by one), gamma {args.gamma}, "
-        f"max_new_tokens {args.max_new_tokens}, {args.dtype}, {train.world_size()} x {device.type}, torch {torch.__version__}; "
-        f"alpha = accepted / judged; expected acceptance and agreement on the target's own text."
+        f"Protocol: first {args.eval_prompts} rows of test (speed-up: first {args.timed_prompts}, one by one), "
+        f"gamma {args.gamma}, max_new_tokens {args.max_new_tokens}, {args.dtype}, seeds {args.seeds}, "
+        f"{train.world_size()} x {device.type}, torch {torch.__version__}.\n"
+        "alpha = accepted / judged, interval by bootstrap over prompts; tau = tokens per target call; expected acceptance "
+        "and argmax agreement on the target's own text; speed-up over the target alone."
     )
     if train.rank() == 0:
-        results = {
-            "command": shlex.join(sys.argv),
-            "protocol": protocol,
-            "versions": versions(),
-            "seconds": round(time.time() - started),
-            "rows": rows,
-        }
-        Path(args.out, "results.json").write_text(json.dumps(results, indent=1))
-    say(f"\n{table(rows)}\n\n{protocol}\nWritten to {Path(args.out, 'results.json')}")
+        results = {"command": shlex.join(sys.argv), "protocol": protocol, "seconds": round(time.time() - started)}
+        path = Path(args.out, "results.json")
+        path.write_text(json.dumps(results | {"versions": versions(), "rows": rows}, indent=1))
+        say(f"\n{table(rows)}\n\n{protocol}\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, train.NonFiniteError) as error:
+        sys.exit(f"run_all.py: error: {error}")

@@ -1,8 +1,8 @@
 """Lossless speculative sampling for any two Hugging Face causal language models that share a tokenizer.
 
-A small draft model proposes `gamma` tokens, the target scores them all in one call, and a rejection rule keeps just those
-that leave the output distributed as the target's own (Leviathan et al. 2023, Algorithm 1; Chen et al. 2023). Batched, and
-with counts that can be trusted. p is always the target's distribution, q the draft's. To reuse it, copy this file.
+A small draft model proposes `gamma` tokens, the target scores them all in one call, and a rejection rule keeps just
+those that leave the output distributed as the target's own (Leviathan et al. 2023, Algorithm 1; Chen et al. 2023).
+Batched, and with counts that can be trusted. p is always the target's distribution, q the draft's. Copy this file.
 
     out = speculative_generate(target, draft, input_ids, max_new_tokens=128, gamma=5)
     print(out.stats.alpha, out.stats.tau)  # acceptance rate, tokens per target call
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 # Lossy acceptance (DistillSpec, section 5.3): the accept test reads f(p, epsilon) >= p in place of p.
 LENIENCE = {"lin": lambda p, eps: p / eps, "sq": lambda p, eps: p / eps**2, "exp": lambda p, eps: p**eps}
+LOGITS_A_PASS = 2**26  # logits of one model that expected_acceptance holds at a time: 256 MB in float32, or one row's
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Stats:
     target_calls: int = 0  # the prompt is scored together with the first drafts: there is no extra call for it
     generated: int = 0
     cut: int = 0  # target calls that ended on an accepted end token and so gave no token of the target's own
-    per_position: tuple[list, list] = field(default_factory=lambda: ([], []))  # accepted, judged: by position in the draft
+    per_position: tuple[list, list] = field(default_factory=lambda: ([], []))  # accepted, judged: by draft position
 
     @property
     def alpha(self) -> float:
@@ -81,7 +82,7 @@ class Stats:
         return Stats(**totals, per_position=_add_lists(self.per_position, other.per_position))
 
     def _record(self, limit: int, accepted: int, new: list[int]) -> None:
-        """Count a round: `accepted` of `limit` usable drafts were kept; the tokens `new`, up to an end token, came out."""
+        """Count a round: `accepted` of `limit` usable drafts were kept, and `new`, up to an end token, came out."""
         if len(new) <= accepted:  # an accepted draft was the end token
             limit = accepted = len(new)
             self.cut += 1
@@ -113,11 +114,12 @@ class SpeculativeOutput(NamedTuple):
 class _Lane:
     """A model and its cache. Invariant: the valid slots of a row hold, in order, a prefix of that row's sequence.
 
-    `forward` appends the same number of slots to every row; `rollback` takes from every row its own number of tokens. What
-    all rows give up is cropped. What only some give up stays behind as holes, slots that the attention mask hides for good;
-    positions count valid slots only, so a hole shifts nothing. When slots exceed twice the longest row the cache is
-    compacted by a gather, which costs about what `torch.cat` of the cache does, and DynamicCache pays that at every forward:
-    a lane holds at most twice its longest row plus a round. One row alone has no holes: no mask, no positions, no gather.
+    `forward` appends the same number of slots to every row; `rollback` takes from every row its own number of tokens.
+    What all rows give up is cropped. What only some give up stays behind as holes, slots that the attention mask hides
+    for good; positions count valid slots only, so a hole shifts nothing. When slots exceed twice the longest row, the
+    cache is compacted by a gather, which costs about what a `torch.cat` of the cache does, and DynamicCache pays that
+    at every forward: memory stays within twice the longest row plus a round. One row alone has no holes: no mask, no
+    position_ids, no gather.
     """
 
     def __init__(self, model, input_ids, prompt_mask, vocab_size, last_position):
@@ -171,7 +173,7 @@ class _Lane:
 
 
 def _distribution(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Logits [..., V] to probabilities [..., V], float32: temperature, then top-k, then top-p, as transformers has them."""
+    """Logits [..., V] to float32 probabilities: temperature, then top-k, then top-p, in transformers' order."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
@@ -195,8 +197,8 @@ def _draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def _verify(logits, drafts, q, limits, uniforms, sampling, lenient):
     """The rule: how many drafts each row keeps, [B], and the token of the target's own that follows them, [B, 1].
 
-    logits [B, g+1, V] of the target; drafts [B, g]; q: the g distributions [B, V] they were drawn from; limits [B]: how many
-    drafts a row may use; uniforms [B, g+1]; lenient: f(p) or None. Temperature 0 needs neither q nor uniforms.
+    logits [B, g+1, V] of the target; drafts [B, g]; q: the g distributions [B, V] they were drawn from; limits [B]: how
+    many drafts a row may use; uniforms [B, g+1]; lenient: f(p) or None. Temperature 0 needs neither q nor uniforms.
     """
     g, temperature = drafts.shape[1], sampling[0]
     usable = torch.arange(g, device=drafts.device) < limits[:, None]
@@ -238,9 +240,7 @@ def _inference(*models):
             module.training = True
 
 
-def _check_arguments(
-    *, gamma=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, lenience=1.0, lenience_fn="exp"
-):
+def _check_arguments(*, gamma=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, lenience=1.0, lenience_fn="exp"):
     """ValueError, in one line, for a setting without a meaning."""
     for name, value in (("gamma", gamma), ("max_new_tokens", max_new_tokens)):
         if value < 1:
@@ -270,7 +270,7 @@ def _check_prompt(models, input_ids, attention_mask, max_new_tokens):
 
 
 def _shared_vocabulary(models, vocab_size):
-    """How many logits to use: all models' heads have them. Heads are padded beyond the tokenizer by different amounts."""
+    """How many logits all heads have: they are padded beyond the tokenizer's vocabulary by different amounts."""
     smallest = min(model.config.vocab_size for model in models)
     if vocab_size is not None and not 1 <= vocab_size <= smallest:
         raise ValueError(f"vocab_size is {vocab_size}, but the smallest output head has {smallest} rows")
@@ -279,31 +279,33 @@ def _shared_vocabulary(models, vocab_size):
 
 def speculative_generate(
     target, draft, input_ids, attention_mask=None, *, max_new_tokens, gamma=5, temperature=0.0, top_k=0, top_p=1.0,
-    lenience=1.0, lenience_fn="exp", eos_token_id=None, generator=None, vocab_size=None, pad_token_id=None, on_tokens=None,
+    lenience=1.0, lenience_fn="exp", eos_token_id=None, generator=None, vocab_size=None, pad_token_id=None,
+    on_tokens=None,
 ) -> SpeculativeOutput:  # fmt: skip
     """Decode as the target would, several tokens a target call (Leviathan et al. 2023, Algorithm 1).
 
-    Temperature 0 gives the target's greedy output token for token (in float32; in bfloat16 a near-tie may fall either way,
-    since scoring a block rounds differently from single steps). Above 0 the output has the target's distribution whatever
-    the draft is. Rows advance at their own pace, finished rows leave the batch, and each row's result is what it would be alone.
+    Temperature 0 gives the target's greedy output token for token (in float32; in bfloat16 a near-tie may fall either
+    way, since scoring a block rounds differently from single steps). Above 0 the output has the target's distribution
+    whatever the draft is. Rows advance at their own pace, finished rows leave the batch, and each row's result is what
+    it would be alone.
 
     Args:
-        target, draft: models with full attention and rotary or learned positions, on one device, with one tokenizer; run in
-            evaluation mode and left as they were. draft=None: the target alone, one token a call.
+        target, draft: models with full attention and rotary or learned positions, on one device, with one tokenizer;
+            run in evaluation mode and left as they were. draft=None: the target alone, one token a call.
         input_ids: [B, T]. attention_mask: [B, T], 0 on left padding.
         max_new_tokens: per row, the end token included. gamma: tokens drafted a round.
         temperature, top_k, top_p: 0 = greedy, 0 = off, 1 = off; applied in that order to both models.
-        lenience: epsilon in (0, 1], 1 = lossless. Below 1 a draft d passes with probability min(1, f(p(d), epsilon) / q(d)),
-            or at temperature 0 if it is the argmax or f(p(d), epsilon) > max p, with p at temperature 1.
-        lenience_fn: "lin" p / epsilon, "sq" p / epsilon^2, "exp" p^epsilon (DistillSpec, section 5.3).
+        lenience: epsilon in (0, 1], 1 = lossless. Below 1 a draft d passes with probability min(1, f(p(d)) / q(d)), or
+            at temperature 0 if it is the argmax or f(p(d)) > max p, with p at temperature 1.
+        lenience_fn: f, "lin" p / epsilon, "sq" p / epsilon^2 or "exp" p^epsilon (DistillSpec, section 5.3).
         eos_token_id: int, list, or None = never stop early. pad_token_id: default the first end token, else 0.
         generator: torch.Generator on the models' device, drawn from throughout. None: torch's own.
         vocab_size: logits of both models are cut to it; len(tokenizer) if heads are padded. Default: the smaller head.
         on_tokens: called as on_tokens(row, tokens, accepted) after a row's round; the first `accepted` were drafted.
 
     Raises:
-        ValueError: a setting out of range, padding elsewhere than on the left, a prompt too long for the context, a model with
-            sliding-window or recurrent layers.
+        ValueError: a setting out of range, padding elsewhere than on the left, a prompt too long for the context, a
+            model with sliding-window or recurrent layers.
     """
     _check_arguments(gamma=gamma, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                      lenience=lenience, lenience_fn=lenience_fn)  # fmt: skip
@@ -400,9 +402,10 @@ def expected_acceptance(
 ) -> Acceptance:
     """Acceptance at every response token of a text, exactly, in one pass a model (Leviathan et al. 2023, Theorem 3.5).
 
-    input_ids [B, T], padded on the right (causal attention never looks there, so no mask); labels [B, T], -100 on prompt
-    and padding. The shift is inside: the token at t is predicted at t - 1, so a label in column 0 does not count. The N
-    response tokens come in row order. At temperature 0, p and q are all on their argmax: overlap is agree, ratio is 0 or 1.
+    input_ids [B, T], padded on the right (causal attention never looks there, so no mask); labels [B, T], -100 on
+    prompt and padding. The shift is inside: the token at t is predicted at t - 1, so a label in column 0 does not
+    count. The N response tokens come in row order. At temperature 0, p and q are all on their argmax: overlap is agree,
+    and ratio says whether the draft's argmax is the text's token.
 
     Raises:
         ValueError: a setting out of range.
@@ -410,16 +413,17 @@ def expected_acceptance(
     _check_arguments(temperature=temperature, top_k=top_k, top_p=top_p)
     vocab_size = _shared_vocabulary((target, draft), vocab_size)
     found = [[torch.empty(0, device=input_ids.device, dtype=dtype)] for dtype in (torch.float, torch.bool, torch.float)]
-    group = max(1, 2**26 // (input_ids.shape[1] * vocab_size))  # rows a pass: 256 MB of float32 logits a model, or one row
+    group = max(1, LOGITS_A_PASS // (input_ids.shape[1] * vocab_size))  # rows a pass
     with _inference(target, draft):
         for ids, wanted in zip(input_ids.split(group), (labels[:, 1:] != -100).split(group), strict=True):
             columns = wanted.any(0).nonzero()[:, 0]  # the head runs only where some row of the group has a response
             if not len(columns):
                 continue
-            both = [model(ids[:, : columns[-1] + 1], use_cache=False, logits_to_keep=columns) for model in (target, draft)]
+            context = ids[:, : columns[-1] + 1]
+            both = [model(context, use_cache=False, logits_to_keep=columns).logits for model in (target, draft)]
             where = wanted[:, columns].nonzero(as_tuple=True)
             for row, column in zip(*(index.split(512) for index in where), strict=True):
-                p, q = (output.logits[row, column, :vocab_size] for output in both)
+                p, q = (logits[row, column, :vocab_size] for logits in both)
                 token = ids[row, columns[column] + 1]
                 agree = p.argmax(-1) == q.argmax(-1)
                 if temperature == 0:
@@ -444,11 +448,11 @@ class Simulated(NamedTuple):
 def simulate_rounds(ratio, row_lengths: list[int], gamma: int, max_new_tokens: int | None = None) -> Simulated:
     """The expected counts of speculative decoding along target-written texts, for any gamma, without decoding again.
 
-    A token x comes out of a position with chance p(x), and comes out as an accepted draft with chance min(p(x), q(x)); so
-    given the text, each judged position accepts with chance min(1, q(x) / p(x)), whatever happened before, and a sum over
+    A token x comes out of a position with chance p(x), and as an accepted draft with chance min(p(x), q(x)); so given
+    the text, each judged position accepts with chance min(1, q(x) / p(x)) whatever happened before, and the sum over
     where rounds may start is exact. (overlap is that chance averaged over x: right for one position, wrong for a round,
-    because which x came out also shapes what follows.) The mean over texts drawn from the target is the mean of decoding.
-    At temperature 0 the counts are decoding's own.
+    since which x came out also shapes what follows.) The mean over texts drawn from the target is the mean of decoding;
+    at temperature 0 the counts are decoding's own.
 
     Args:
         ratio: [N] from `expected_acceptance`, on texts the target wrote with the same temperature, top_k and top_p.
@@ -459,7 +463,8 @@ def simulate_rounds(ratio, row_lengths: list[int], gamma: int, max_new_tokens: i
         ValueError: gamma < 1, lengths that do not add up to N or exceed max_new_tokens.
     """
     _check_arguments(gamma=gamma)
-    lengths, limit = torch.tensor(row_lengths, dtype=torch.long), math.inf if max_new_tokens is None else max_new_tokens
+    lengths = torch.tensor(row_lengths, dtype=torch.long)
+    limit = math.inf if max_new_tokens is None else max_new_tokens
     width = max(row_lengths, default=0)
     if sum(row_lengths) != len(ratio) or width > limit:
         raise ValueError("row_lengths must add up to len(ratio), and none may exceed max_new_tokens")
@@ -482,13 +487,13 @@ def simulate_rounds(ratio, row_lengths: list[int], gamma: int, max_new_tokens: i
             cut += passed * ~more
             here = passed * more
         start[:, t + usable + 1] += here * (t + usable + 1 < lengths)  # all passed: token t + usable was the bonus
-    table = {"rounds": rounds, "never_judged": never_judged, "target_calls": target_calls, "cut": cut}
-    table |= {"accepted": accepted.sum(0), "rejected": (judged - accepted).sum(0), "generated": lengths}
-    table["drafted"] = judged.sum(0) + never_judged
-    row_stats = [
-        Stats(**{k: v[row].item() for k, v in table.items()}, per_position=(accepted[:, row].tolist(), judged[:, row].tolist()))
-        for row in range(len(lengths))
-    ]
+    counts = {"rounds": rounds, "never_judged": never_judged, "target_calls": target_calls, "cut": cut}
+    counts |= {"accepted": accepted.sum(0), "rejected": (judged - accepted).sum(0), "generated": lengths}
+    counts["drafted"] = judged.sum(0) + never_judged
+    row_stats = []
+    for row in range(len(lengths)):
+        by_position = (accepted[:, row].tolist(), judged[:, row].tolist())
+        row_stats.append(Stats(**{name: c[row].item() for name, c in counts.items()}, per_position=by_position))
     stats = sum(row_stats, Stats())
     stats.check()
     return Simulated(stats.tau, stats.alpha, stats, row_stats)
@@ -568,7 +573,8 @@ def _decode_prompts(args):
     _check_arguments(max_new_tokens=args.max_new_tokens, **sampling, **lossy)
     prompts = _read_prompts(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    (target, tokenizer), (draft, other) = (_load(name, getattr(torch, args.dtype), device) for name in (args.target, args.draft))
+    dtype = getattr(torch, args.dtype)
+    (target, tokenizer), (draft, other) = (_load(name, dtype, device) for name in (args.target, args.draft))
     vocabularies = [each.convert_ids_to_tokens(list(range(len(each)))) for each in (tokenizer, other)]
     for index, (a, b) in enumerate(itertools.zip_longest(*vocabularies)):
         if a != b:
@@ -602,16 +608,14 @@ def _decode_prompts(args):
     stats = sum(per_prompt, Stats())
     rate, baseline = stats.generated / seconds, baseline_tokens / baseline_seconds
     interval = bootstrap_interval([s.accepted for s in per_prompt], [s.accepted + s.rejected for s in per_prompt])
-    return {
-        **vars(args), "device": str(device), **asdict(stats), "alpha": stats.alpha, "alpha_interval": interval, "tau": stats.tau,
-        "draft_acceptance": stats.draft_acceptance, "tokens_per_second": rate, "target_tokens_per_second": baseline,
-        "speedup": rate / baseline, "texts": texts,
-    }  # fmt: skip
+    rates = {name: getattr(stats, name) for name in ("alpha", "tau", "draft_acceptance")}
+    rates |= {"tokens_per_second": rate, "target_tokens_per_second": baseline, "speedup": rate / baseline}
+    return {**vars(args), "device": str(device), **asdict(stats), "alpha_interval": interval, **rates, "texts": texts}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Decode prompts from the command line; 0, or 2 after one line on stderr for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="speculative.py", description="Speculative decoding of prompts, with its statistics.")
+    parser = argparse.ArgumentParser(prog="speculative.py", description="Speculative decoding, with its statistics.")
     parser.add_argument("--target", required=True, help="folder or Hub id of the target")
     parser.add_argument("--draft", required=True, help="folder or Hub id of the draft")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -633,15 +637,16 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"speculative.py: error: {error}", file=sys.stderr)
         return 2
-    if args.json:  # NaN is not JSON
-        nan_free = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in result.items()}
-        print(json.dumps(nan_free))
+    if args.json:  # JSON has no NaN
+        finite = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in result.items()}
+        print(json.dumps(finite))
         return 0
-    low, high = result["alpha_interval"]
-    interval = f" (95% interval over prompts {low:.3f} to {high:.3f})" if len(result["texts"]) > 1 else ""
-    print(f"alpha {result['alpha']:.3f}{interval}, tau {result['tau']:.2f}, {result['generated']} tokens, gamma {args.gamma}")
-    print(f"{result['tokens_per_second']:.1f} tokens/s against {result['target_tokens_per_second']:.1f} with the target alone: "
-          f"speed-up {result['speedup']:.2f}")  # fmt: skip
+    interval = ""
+    if len(result["texts"]) > 1:
+        interval = " (95% interval over prompts {:.3f} to {:.3f})".format(*result["alpha_interval"])
+    print("alpha {alpha:.3f}{interval}, tau {tau:.2f}, {generated} tokens".format(interval=interval, **result))
+    print("{tokens_per_second:.1f} tokens/s, the target alone {target_tokens_per_second:.1f}: speed-up {speedup:.2f}".format(
+        **result))  # fmt: skip
     return 0
 
 
