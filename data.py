@@ -127,6 +127,8 @@ def _read(task: str, spec: Task, split: str, data_dir: str | Path | None, limit:
         where = str(Path(data_dir, task, f"{split}.jsonl"))
         if not Path(where).is_file():
             raise FileNotFoundError(f"{where} does not exist; --data-dir must hold <task>/train.jsonl (one JSON row a line)")
+        if not Path(where).stat().st_size:
+            raise ValueError(f"{where} is empty; it must hold one JSON row a line")
         source, kwargs = ("json",), {"data_files": {split: where}}
     else:
         where = f"{'/'.join(spec.hub)} on the Hugging Face Hub"

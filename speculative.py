@@ -94,7 +94,7 @@ class Stats:
         self.never_judged += len(range(accepted + 1, limit))
         self.target_calls += 1
         self.generated += len(new)
-        self.per_position = _add_lists(self.per_position, ([1] * accepted, [1] * (accepted + rejected)))
+        self.per_position = _add_lists(self.per_position, ([1] * accepted + [0] * rejected, [1] * (accepted + rejected)))
 
 
 def _ratio(numerator: float, denominator: float) -> float:

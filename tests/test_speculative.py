@@ -194,7 +194,9 @@ def test_end_token_inside_an_accepted_block(pairs, prompts):
     out = speculative_generate(target, target, ids, max_new_tokens=20, gamma=6, eos_token_id=text[place])
     assert out.sequences[0, 10:].tolist() == text[: place + 1]
     n = place + 1
-    assert out.stats == Stats(rounds=1, drafted=n, accepted=n, target_calls=1, generated=n, cut=1, per_position=([1] * n, [1] * n))
+    assert out.stats == Stats(
+        rounds=1, drafted=n, accepted=n, target_calls=1, generated=n, cut=1, per_position=([1] * n, [1] * n)
+    )
     as_list = speculative_generate(target, target, ids, max_new_tokens=20, gamma=6, eos_token_id=[39, text[place]])
     never = speculative_generate(target, target, ids, max_new_tokens=20, gamma=6, eos_token_id=None)
     assert torch.equal(as_list.sequences, out.sequences) and never.sequences[0, 10:].tolist() == text
@@ -372,8 +374,8 @@ def test_sampling_is_lossless(small, setting, gamma):
     sampling = {"temperature": 1.0} | SETTINGS[setting]
     prompt = torch.tensor([[1, 0, 3]])
     exact = enumerate_texts(target, prompt, 4, 5, **sampling)
-    counts, stats = sample_counts(target, draft, prompt, 4, 5, 20_000, gamma=gamma, **sampling)
-    statistic, critical = chi_square(counts, exact * 20_000)
+    counts, stats = sample_counts(target, draft, prompt, 4, 5, 10_000, gamma=gamma, **sampling)
+    statistic, critical = chi_square(counts, exact * 10_000)
     assert statistic < critical
     assert 0.3 < stats.alpha < 0.99
 
@@ -385,8 +387,8 @@ def test_sampling_is_lossless_with_other_drafts(small, which):
     prompt = torch.tensor([[2, 2]])
     exact = enumerate_texts(target, prompt, 4, 5)
     draft = target if which == "itself" else unrelated
-    counts, stats = sample_counts(target, draft, prompt, 4, 5, 20_000, gamma=3, temperature=1.0)
-    statistic, critical = chi_square(counts, exact * 20_000)
+    counts, stats = sample_counts(target, draft, prompt, 4, 5, 10_000, gamma=3, temperature=1.0)
+    statistic, critical = chi_square(counts, exact * 10_000)
     assert statistic < critical
     assert stats.alpha > 0.9999 if which == "itself" else stats.alpha < 0.9
 
@@ -409,10 +411,10 @@ def test_sampling_is_lossless_for_rows_of_different_prompts(small):
     prompts = torch.tensor([[1, 0, 3, 2], [4, 4, 0, 1], [4, 4, 4, 3]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]])
     for row in range(3):
-        exact = enumerate_texts(target, prompts[row : row + 1, mask[row].bool()], 4, 5)
-        counts, _ = sample_counts(target, draft, prompts, 4, 5, 30_000, mask=mask, rows=slice(row, None, 3), gamma=2,
+        exact = enumerate_texts(target, prompts[row : row + 1, mask[row].bool()], 3, 5)
+        counts, _ = sample_counts(target, draft, prompts, 3, 5, 12_000, mask=mask, rows=slice(row, None, 3), gamma=2,
                                   temperature=1.0)  # fmt: skip
-        statistic, critical = chi_square(counts, exact * 10_000)
+        statistic, critical = chi_square(counts, exact * 4_000)
         assert statistic < critical
 
 
@@ -422,12 +424,12 @@ def test_sampling_is_lossless_one_row_at_a_time(small):
     prompt, generator = torch.tensor([[1, 0, 3]]), torch.Generator().manual_seed(0)
     exact = enumerate_texts(target, prompt, 3, 5)
     counts = torch.zeros(125, dtype=torch.float64)
-    for _ in range(1500):
+    for _ in range(1000):
         new = speculative_generate(
             target, draft, prompt, max_new_tokens=3, gamma=2, temperature=1.0, generator=generator
         ).sequences[0, 3:].tolist()  # fmt: skip
         counts[new[0] * 25 + new[1] * 5 + new[2]] += 1
-    statistic, critical = chi_square(counts, exact * 1500)
+    statistic, critical = chi_square(counts, exact * 1000)
     assert statistic < critical
 
 
@@ -584,7 +586,7 @@ def test_counts_add_up_when_sampling(small):
         length = row.index(2) + 1 if 2 in row else len(row)
         assert stats.generated == length and set(row[length:]) <= {2}
         assert stats.target_calls - stats.rounds in (0, 1) and stats.rejected <= stats.rounds
-        assert stats.cut in (0, 1) and stats.per_position[0][0] + stats.rejected >= stats.rounds
+        assert stats.cut in (0, 1) and sum(stats.per_position[1][:1]) == stats.rounds  # a round judges its first draft
     assert {stats.cut for stats in out.row_stats} == {0, 1}
 
 
@@ -860,7 +862,9 @@ def test_command_line_marks_accepted_drafts_on_a_terminal(folders, capsys, monke
 def test_command_line_json(folders, capsys, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "the cat"}\n\n{"prompt": "on the mat"}\n')
-    code, out, _ = run(folders, capsys, "--json", "--temperature", "1", "--gamma", "3", "--seed", "4", prompt=("--prompts", str(file)))
+    code, out, _ = run(
+        folders, capsys, "--json", "--temperature", "1", "--gamma", "3", "--seed", "4", prompt=("--prompts", str(file))
+    )
     result = json.loads(out)
     assert code == 0 and len(result["texts"]) == 2 and result["gamma"] == 3 and result["seed"] == 4
     assert result["alpha"] == pytest.approx(result["accepted"] / (result["accepted"] + result["rejected"]))

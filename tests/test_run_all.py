@@ -1,0 +1,199 @@
+"""The driver end to end on the CPU: stages, their reuse, two ranks, pretrained pairs from folders, the paper's recipes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import run_all
+
+ROOT = Path(run_all.__file__).parent
+SHORT = "--preset tiny --limit 48 --max-steps 3 --eval-prompts 6 --eval-batch 2 --timed-prompts 1 --max-new-tokens 12".split()
+STAGES = ["base-target", "base-draft", "target", "distilled-3-epochs", "adaspec"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny")
+    run_all.main([*SHORT, "--out", str(out)])
+    return out
+
+
+def notes(out):
+    return {path.parent.name: json.loads(path.read_text()) for path in out.rglob("stage.json")}
+
+
+def test_every_stage_and_the_table(finished, capsys):
+    results = json.loads((finished / "results.json").read_text())
+    assert sorted(notes(finished)) == sorted(STAGES)
+    assert [(r["temperature"], r["draft"]) for r in results["rows"]] == [
+        (t, draft) for t in (0.0, 1.0) for draft in ("base", "DistillSpec", "AdaSPEC")
+    ]
+    for row in results["rows"]:
+        counts = row["counts"]
+        assert row["alpha"] == counts["accepted"] / (counts["accepted"] + counts["rejected"])
+        assert row["tau"] == counts["generated"] / counts["target_calls"]
+        low, high = row["alpha_interval"]
+        assert low <= row["alpha"] <= high and row["speedup"] > 0
+        assert (row["gamma"], row["prompts"], row["split"], row["dtype"]) == (5, 6, "test", "float32")
+        if row["temperature"] == 0:
+            assert row["expected_acceptance"] == row["agreement"]
+    text = run_all.table(results["rows"])
+    assert len({line.count("|") for line in text.splitlines()}) == 1 and "AdaSPEC" in text
+
+
+def test_stages_are_ordinary_hugging_face_folders(finished):
+    for path in finished.rglob("stage.json"):
+        model, tokenizer = (cls.from_pretrained(path.parent) for cls in (AutoModelForCausalLM, AutoTokenizer))
+        assert model.config.vocab_size == len(tokenizer)
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+        assert not list(path.parent.glob("*.bin"))
+        assert (path.parent / "model.safetensors").is_file()
+    assert not list(finished.rglob("*.partial"))
+
+
+def test_complete_stages_are_not_run_again_and_a_changed_setting_reruns_what_depends_on_it(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    results = (finished / "results.json").read_text()
+    run_all.main([*SHORT, "--out", str(finished)])
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
+    assert json.loads(results)["rows"] == json.loads((finished / "results.json").read_text())["rows"]
+    out = capsys.readouterr().out
+    assert all(f"{stage}: done before" in out for stage in STAGES) and "last loss" not in out
+    run_all.main([*SHORT, "--out", str(finished), "--k", "0.2"])
+    rerun = {p.parent.name for p, time in before.items() if p.stat().st_mtime_ns != time}
+    assert rerun == {"adaspec"}
+    run_all.main([*SHORT, "--out", str(finished), "--target-lr", "1e-4"])
+    rerun = {p.parent.name for p, time in before.items() if p.stat().st_mtime_ns != time}
+    assert rerun == {"target", "distilled-3-epochs", "adaspec"}
+
+
+def test_two_ranks_end_in_the_same_models(finished, tmp_path):
+    """Ranks of unequal token counts, a quantile over both, one voice: 3 steps a stage agree to float32 rounding."""
+    single, double = tmp_path / "single", tmp_path / "double"
+    run_all.main([*SHORT, "--out", str(single)])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(ROOT / "run_all.py"), *SHORT, "--out", str(double)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| AdaSPEC |") == 2, "only rank 0 may print"
+    for path in single.rglob("model.safetensors"):
+        both = (load_file(path), load_file(double / path.relative_to(single)))
+        ours, theirs = (torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in both)
+        # not element by element: Adam's first steps are +-lr for a gradient that is nothing but rounding
+        assert (ours - theirs).norm() < 1e-5 * ours.norm(), path.parent.name
+    rows = [json.loads((out / "results.json").read_text())["rows"] for out in (single, double)]
+    for one, two in zip(*rows, strict=True):
+        assert one["expected_acceptance"] == pytest.approx(two["expected_acceptance"], abs=1e-3)
+        assert one["counts"]["target_calls"] == pytest.approx(two["counts"]["target_calls"], abs=3)
+
+
+def save_pair(folder, tokenizer, make_model, draft_tokenizer=None):
+    for name, rows, sizes in (("pythia-1.4b", 48, {"hidden_size": 48}), ("EleutherAI/pythia-31m", 16, {})):
+        make_model("neox", vocab_size=len(tokenizer) + rows, **sizes).save_pretrained(folder / name)
+        (draft_tokenizer if draft_tokenizer and "31m" in name else tokenizer).save_pretrained(folder / name)
+
+
+def write_rows(folder, task):
+    for split, n in (("train", 40), ("test", 4)):
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        rows = data.arithmetic_rows(split)[:n]
+        if task == "custom":
+            rows = [{"prompt": row["question"], "response": row["answer"]} for row in rows]
+        (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+FEW = "--max-steps 2 --batch 4 --eval-prompts 4 --timed-prompts 1 --max-new-tokens 8 --max-length 128".split()
+
+
+def test_pretrained_pair_from_a_folder_with_heads_padded_differently(tmp_path, tokenizer, make_model, capsys):
+    save_pair(tmp_path / "models", tokenizer, make_model)
+    write_rows(tmp_path / "rows", "gsm8k")
+    where = ["--models-dir", str(tmp_path / "models"), "--data-dir", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]
+    run_all.main([*FEW, *where, "--pairs", "pythia", "--tasks", "gsm8k", "--epochs", "0,1,2"])
+    assert set(notes(tmp_path / "out")) == {"distilled-1-epochs", "distilled-2-epochs", "adaspec"}, "target taken as it is"
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["rows"]) == 6
+    settings = notes(tmp_path / "out")["adaspec"]["settings"]
+    assert (settings["lr"], settings["batch_size"], settings["k"]) == (3e-4, 4, 0.4)
+
+
+def test_own_pair_and_task(tmp_path, tokenizer, make_model):
+    save_pair(tmp_path, tokenizer, make_model)
+    write_rows(tmp_path / "rows", "custom")
+    models = ["--target", str(tmp_path / "pythia-1.4b"), "--draft", str(tmp_path / "EleutherAI/pythia-31m")]
+    where = ["--data-dir", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]
+    run_all.main([*FEW, *where, *models, "--pairs", "custom", "--tasks", "custom", "--methods", "distillspec"])
+    assert set(notes(tmp_path / "out")) == {"target", "distilled-3-epochs"}
+
+
+def test_tokenizers_that_differ_are_refused_by_the_first_token(tmp_path, tokenizer, make_model):
+    other = data.train_tokenizer(["zebra zebra zebra"], len(tokenizer))
+    save_pair(tmp_path / "models", tokenizer, make_model, draft_tokenizer=other)
+    write_rows(tmp_path / "rows", "gsm8k")
+    where = ["--models-dir", str(tmp_path / "models"), "--data-dir", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"tokenizers differ: token 257 is .* in .*pythia-1\.4b"):
+        run_all.main([*FEW, *where, "--pairs", "pythia", "--tasks", "gsm8k"])
+
+
+def test_head_smaller_than_the_tokenizer_is_refused(tmp_path, tokenizer, make_model):
+    make_model("neox", vocab_size=len(tokenizer) - 1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{len(tokenizer) - 1} rows, the shared tokenizer {len(tokenizer)}"):
+        run_all.load_model(tmp_path, "cpu", len(tokenizer))
+
+
+def test_missing_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"model EleutherAI/pythia-1\.4b is not in"):
+        run_all.resolve("EleutherAI/pythia-1.4b", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--tasks", "gsm9k"], "unknown name 'gsm9k'"),
+        (["--pairs", "llama"], "unknown name 'llama'"),
+        (["--methods", "eagle"], "unknown name 'eagle'"),
+        (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--regime", "best"], "invalid choice"),
+        (["--k", "0"], "--k must be in (0, 1]"),
+        (["--k", "1.5"], "--k must be in (0, 1]"),
+        (["--gamma", "0"], "--gamma must be at least 1"),
+        (["--limit", "-3"], "--limit must be at least 1"),
+        (["--epochs", "3,0,3"], "--epochs takes three numbers"),
+        (["--epochs", "3"], "--epochs takes three numbers"),
+        (["--pairs", "custom"], "needs --target and --draft"),
+        (["--dtype", "fp8"], "invalid choice"),
+    ],
+)
+def test_bad_arguments(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_all.parse(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_errors_are_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "run_all.py"), "--tasks", "gsm8k", "--pairs", "tiny", "--data-dir", str(tmp_path)]
+    done = subprocess.run([*command, "--out", str(tmp_path / "o")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("run_all.py: error: ") and "train.jsonl" in done.stderr
+
+
+def test_recipes_are_the_papers():
+    def cell(task, pair, regime):
+        plan = run_all.recipe(task, pair, run_all.parse(["--regime", regime]))
+        return plan["batch_size"], plan["lr"], plan["epochs"]
+
+    assert set(run_all.RECIPES) == {"gsm8k", "alpaca", "mbpp", "cnn_dailymail", "xsum"}
+    assert cell("gsm8k", "pythia", "optimal") == (16, 3e-4, (6, 15, 30))
+    assert cell("gsm8k", "codegen", "optimal") == (16, 3e-4, (3, 30, 30))
+    assert cell("alpaca", "codegen", "optimal") == (16, 3e-4, (1, 20, 15))
+    assert cell("mbpp", "pythia", "optimal") == (8, 1e-5, (1, 30, 6))
+    assert cell("mbpp", "codegen", "3-epoch") == (8, 1e-4, (3, 3, 3))
+    assert cell("cnn_dailymail", "pythia", "optimal") == (16, 1e-4, (1, 10, 10))
+    assert cell("xsum", "pythia", "3-epoch") == (16, 3e-4, (3, 3, 3))
+    assert cell("xsum", "codegen", "optimal") == (16, 1e-4, (1, 10, 10))
