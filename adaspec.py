@@ -19,26 +19,29 @@ from torch.nn import functional as F
 
 __all__ = ["adaspec_loss", "response_tokens", "select_tokens", "token_kl"]
 
-_LOWEST = torch.finfo(torch.float32).min
+_LOWEST = -1e30  # stands for log 0: finite, so that 0 * log 0 is 0, and small enough to be summed over many tokens
 
 
-def log_probs(logits: Tensor) -> Tensor:
-    """log softmax in float32. Logits of -inf (masked tokens) become the lowest float, so that 0 * log 0 is 0, not NaN."""
-    return F.log_softmax(logits.float(), dim=-1).clamp_min(_LOWEST)
+def log_probs(target_logits: Tensor, draft_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(log p, log q) in float32, with masked tokens (logits of -inf) at -1e30.
 
-
-def token_kl(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
-    """Forward KL(p || q) of every token (the distillation loss of both stages), in nats.
-
-    Shapes [..., V], [..., V] -> [...], float32 whatever the inputs are.
-    Raises ValueError where the two vocabularies differ: slice both to the tokenizer's size, never pad logits.
+    Raises ValueError where the shapes differ: slice both vocabularies to the tokenizer's length, never pad logits.
     """
     if target_logits.shape != draft_logits.shape:
         raise ValueError(
-            f"target logits {tuple(target_logits.shape)} and draft logits {tuple(draft_logits.shape)} differ in shape; "
+            f"logits of the target {tuple(target_logits.shape)} and its student {tuple(draft_logits.shape)} differ in shape; "
             "slice both vocabularies to the shared tokenizer's length: logits[..., :len(tokenizer)]"
         )
-    log_p, log_q = log_probs(target_logits), log_probs(draft_logits)
+    log_p, log_q = (F.log_softmax(logits.float(), dim=-1).clamp_min(_LOWEST) for logits in (target_logits, draft_logits))
+    return log_p, log_q
+
+
+def token_kl(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
+    """Forward KL(p || q) of every token, the distillation loss of both stages, in nats.
+
+    Shapes [..., V], [..., V] -> [...], float32 whatever the inputs are. Raises ValueError where the shapes differ.
+    """
+    log_p, log_q = log_probs(target_logits, draft_logits)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -85,6 +88,7 @@ def adaspec_loss(
         target = response_tokens(target_logits, labels)
         reference_kl = token_kl(target, response_tokens(reference_logits, labels))
     draft_kl = token_kl(target, draft)
-    selected = select_tokens(draft_kl.detach() - reference_kl, k)
-    # where, not multiplication: an infinite loss outside the selection must not turn into NaN
+    gap = draft_kl.detach() - reference_kl
+    selected = select_tokens(gap, k)
+    draft_kl = torch.where(gap.isnan(), gap, draft_kl)  # a reference that gives NaN must not pass for a selection
     return torch.where(selected, draft_kl, 0.0).sum() / selected.sum().clamp_min(1)

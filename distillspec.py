@@ -1,8 +1,8 @@
 """DistillSpec: knowledge distillation of the draft on every response token (arXiv 2310.08461), AdaSPEC's baseline.
 
 `DIVERGENCES` maps a name to a per-token loss f(target_logits, draft_logits), [..., V], [..., V] -> [...] float32, with p the
-target's and q the draft's distribution; `distill_loss` averages one of them over the response tokens. The divergences carry no
-gradient into the target as long as its logits carry none; `distill_loss` makes sure of that.
+target's and q the draft's distribution; `distill_loss` averages one of them over the response tokens. All of them raise
+ValueError where the two shapes differ. They detach nothing: `distill_loss` keeps gradients out of the target.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ __all__ = ["DIVERGENCES", "distill_loss"]
 
 def reverse_kl(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
     """KL(q || p), in nats: mode-seeking."""
-    return token_kl(draft_logits, target_logits)
+    log_p, log_q = log_probs(target_logits, draft_logits)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def jensen_shannon(target_logits: Tensor, draft_logits: Tensor, beta: float = 0.5) -> Tensor:
@@ -31,7 +32,7 @@ def jensen_shannon(target_logits: Tensor, draft_logits: Tensor, beta: float = 0.
         raise ValueError(f"beta must be in [0, 1], got {beta}")
     if beta in (0, 1):
         return token_kl(target_logits, draft_logits) if beta == 0 else reverse_kl(target_logits, draft_logits)
-    log_p, log_q = log_probs(target_logits), log_probs(draft_logits)
+    log_p, log_q = log_probs(target_logits, draft_logits)
     p, q = log_p.exp(), log_q.exp()
     log_m = (beta * p + (1 - beta) * q).clamp_min(torch.finfo(torch.float32).tiny).log()
     return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
@@ -39,12 +40,8 @@ def jensen_shannon(target_logits: Tensor, draft_logits: Tensor, beta: float = 0.
 
 def total_variation(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
     """TVD = 1/2 sum |p - q| = 1 - expected acceptance, the probability of rejecting a token."""
-    return 0.5 * (log_probs(target_logits).exp() - log_probs(draft_logits).exp()).abs().sum(-1)
-
-
-def acceptance(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
-    """Expected acceptance of a token, sum_x min(p, q), in [0, 1]."""
-    return torch.minimum(log_probs(target_logits).exp(), log_probs(draft_logits).exp()).sum(-1)
+    log_p, log_q = log_probs(target_logits, draft_logits)
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
 def negative_log_acceptance(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
@@ -53,14 +50,16 @@ def negative_log_acceptance(target_logits: Tensor, draft_logits: Tensor) -> Tens
     Computed in log space, log alpha = logsumexp_x min(log p, log q), so that disjoint distributions keep a finite loss
     and a gradient.
     """
-    return -torch.minimum(log_probs(target_logits), log_probs(draft_logits)).logsumexp(-1)
+    return -torch.minimum(*log_probs(target_logits, draft_logits)).logsumexp(-1)
 
 
 def lk_hybrid(target_logits: Tensor, draft_logits: Tensor, eta: float = 3.0) -> Tensor:
     """lam KL(p || q) + (1 - lam) TVD, lam = exp(-eta stop_grad(alpha)) (LK family): KL while far off, TVD once close."""
-    tvd = total_variation(target_logits, draft_logits)
+    log_p, log_q = log_probs(target_logits, draft_logits)
+    p = log_p.exp()
+    kl, tvd = (p * (log_p - log_q)).sum(-1), 0.5 * (p - log_q.exp()).abs().sum(-1)
     lam = torch.exp(-eta * (1 - tvd.detach()))
-    return lam * token_kl(target_logits, draft_logits) + (1 - lam) * tvd
+    return lam * kl + (1 - lam) * tvd
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
