@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import platform
 import shlex
 import shutil
@@ -89,36 +90,46 @@ def recipe(task: str, pair: str, args) -> dict:
     return {"batch_size": args.batch or batch_size, "lr": args.lr or lr, "epochs": epochs}
 
 
-# What the stages minimise: objective(logits [N, V], batch) -> (sum of losses, tokens in it), see train.py
+# What the stages minimise: objective(hidden states [N, d], head, batch) -> (sum of losses, tokens in it), see train.py
 
 
-def cross_entropy(logits, batch):
+def cross_entropy(hidden, head, batch):
     """Next-token cross-entropy on the response: pretraining, and the target's fine-tuning (stage 0)."""
-    return F.cross_entropy(logits.float(), batch.labels, reduction="sum"), len(batch.labels)
+
+    def loss(rows, logits):
+        return F.cross_entropy(logits.float(), batch.labels[rows], reduction="none")
+
+    return head.loss(hidden, loss), len(hidden)
+
+
+def divergence_from(target, batch, divergence=token_kl):
+    """divergence(target logits, logits) of the batch's response tokens, as a function of some of them and their logits."""
+    target_hidden = target.hidden(batch)
+    return lambda rows, logits: divergence(target.head(target_hidden[rows]), logits)
 
 
 def distillation(target, divergence: str = "fkl"):
     """Stage 1 and DistillSpec: a divergence from the frozen target on every response token."""
 
-    def objective(logits, batch):
-        with torch.no_grad():
-            target_logits = target(batch.input_ids, batch.index)
-        return DIVERGENCES[divergence](target_logits, logits).sum(), len(logits)
+    def objective(hidden, head, batch):
+        return head.loss(hidden, divergence_from(target, batch, DIVERGENCES[divergence])), len(hidden)
 
     return objective
 
 
-def selective_distillation(target, reference, k: float):
-    """Stage 2, AdaSPEC: forward KL on the top k of the tokens by their gap to the reference, over all ranks."""
+def selective_distillation(target, reference_kl, k: float):
+    """Stage 2, AdaSPEC: forward KL on the top k of the tokens by their gap to the reference, over all ranks.
 
-    def objective(logits, batch):
-        with torch.no_grad():
-            target_logits = target(batch.input_ids, batch.index)
-            reference_kl = token_kl(target_logits, reference(batch.input_ids, batch.index))
-        draft_kl = token_kl(target_logits, logits)
-        gaps, own = train.gather_ragged(draft_kl.detach() - reference_kl)
-        selected = select_tokens(gaps, k)[own]
-        return torch.where(selected, draft_kl, 0.0).sum(), selected.sum()
+    First the KL of all tokens without gradient, then forward and backward on the selected ones alone.
+    `reference_kl(batch)` is KL(p || q_ref) [N].
+    """
+
+    def objective(hidden, head, batch):
+        kl = divergence_from(target, batch)
+        gap = head.per_token(hidden, kl) - reference_kl(batch)
+        gaps, own = train.gather_ragged(gap)
+        rows = select_tokens(gaps, k)[own].nonzero().squeeze(-1)
+        return head.loss(hidden, kl, rows) + 0 * gap.sum(), len(rows)  # 0 * NaN: a NaN gap is a NaN loss
 
     return objective
 
@@ -129,14 +140,6 @@ def selective_distillation(target, reference, k: float):
 def say(text: str) -> None:
     if train.rank() == 0:
         tqdm.write(text)
-
-
-def agreed(value):
-    """Rank 0's value on every rank (and a barrier): what is read from a disk that rank 0 writes to is decided once."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def versions() -> dict:
@@ -153,7 +156,7 @@ def stage(folder: Path, settings: dict, tokenizer, work) -> tuple[Path, str]:
     Returns the folder and the settings' fingerprint, which stages that build on this one put among their own settings.
     """
     mark, note = fingerprint(settings), folder / "stage.json"
-    if agreed(note.is_file() and json.loads(note.read_text())["fingerprint"] == mark):
+    if train.agreed(note.is_file() and json.loads(note.read_text())["fingerprint"] == mark):
         say(f"  {folder.name}: done before")
         return folder, mark
     model, summary = work()
@@ -167,7 +170,7 @@ def stage(folder: Path, settings: dict, tokenizer, work) -> tuple[Path, str]:
         (partial / "stage.json").write_text(json.dumps(made_by, indent=1))
         partial.rename(folder)  # only a whole folder ever carries the name
     say(f"  {folder.name}: {summary['steps']} steps, last loss {summary['loss']:.4f}, {summary['seconds']} s")
-    return agreed((folder, mark))
+    return train.agreed((folder, mark))
 
 
 def resolve(name: str, models_dir: str | None) -> str:
@@ -194,13 +197,8 @@ def shared_tokenizer(target: str, draft: str):
     return tokenizers[0]
 
 
-def load_model(name, device, vocab_size: int, dtype=torch.float32):
-    """A causal LM in eval mode. Raises ValueError where its output head has fewer rows than the tokenizer has tokens."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows < vocab_size:
-        raise ValueError(f"{name}: the output head has {rows} rows, the shared tokenizer {vocab_size} tokens")
-    return model
+def load_model(name, device, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
 
 
 def scratch_model(sizes: dict, tokenizer, seed: int):
@@ -233,6 +231,8 @@ def run_cell(task: str, pair_name: str, seed: int, args, device) -> list[dict]:
     )
     if not examples or not test:
         raise ValueError(f"{task}: no rows are left within {args.max_length} tokens; raise --max-length")
+    folder.mkdir(parents=True, exist_ok=True)
+    frozen_dtype, rows_at_once = train.DTYPES[args.dtype], args.micro_batch or plan["batch_size"]
     common = {"data": data.digest(examples), "seed": seed, "dtype": args.dtype, "max_steps": args.max_steps}
 
     def fit(name, init, make_model, make_objective, lr, epochs, batch_size=plan["batch_size"], on=examples, **more):
@@ -249,10 +249,41 @@ def run_cell(task: str, pair_name: str, seed: int, args, device) -> list[dict]:
         return stage(folder / name, settings | common | more, tokenizer, work)
 
     def trainable(path):
-        return lambda: load_model(path, device, vocab_size)
+        return lambda: load_model(path, device)
 
     def frozen(path):
-        return train.ResponseLogits(load_model(path, device, vocab_size, train.DTYPES[args.dtype]), vocab_size)
+        return train.Frozen(load_model(path, device, frozen_dtype), vocab_size)
+
+    def cache(kind, of, width, dtype):
+        """An empty cache over the training rows, or None where it would not fit."""
+        made_of = fingerprint({"of": of, "data": common["data"], "dtype": args.dtype})
+        made = train.TokenCache(folder / f"cache-{kind}", made_of, examples, width, dtype)
+        free = shutil.disk_usage(folder).free if not made.folder.is_dir() else math.inf
+        fits = train.agreed(made.bytes <= min(args.cache_gb * 2**30, free))
+        say(f"  {kind} cache: {made.bytes / 2**30:.3f} GiB" + ("" if fits else ", too large: recomputed in every step"))
+        return made if fits else None
+
+    def teacher():
+        """The fine-tuned target, run over the data once where its hidden states fit into a cache."""
+        asked = frozen(target)
+        if args.shard_target:
+            train.shard_layers(asked.model)
+        made = cache("target", target_mark, asked.head.linear.weight.shape[1], frozen_dtype)
+        if made:
+            asked.use(made, rows_at_once, f"{task} target cache")
+        return asked
+
+    def reference_kl(asked, path, of):
+        reference = frozen(path)
+
+        def compute(batch):
+            return reference.head.per_token(reference.hidden(batch), divergence_from(asked, batch))
+
+        made = cache("reference", of, 1, torch.float32)
+        if not made:
+            return compute
+        made.fill(compute, device, rows_at_once, f"{task} reference cache")
+        return lambda batch: made.read(batch).squeeze(1)
 
     if scratch:
         whole = [example._replace(prompt_length=0) for example in examples]  # loss on prompts too: a language model
@@ -279,37 +310,37 @@ def run_cell(task: str, pair_name: str, seed: int, args, device) -> list[dict]:
 
     def distil(epochs):  # reference and DistillSpec draft are one recipe, run once where their epochs are the same
         start = (f"distilled-{epochs}-epochs", draft_mark, trainable(base_draft))
-        return fit(*start, lambda: distillation(frozen(target)), plan["lr"], epochs, target=target_mark)
+        return fit(*start, lambda: distillation(teacher()), plan["lr"], epochs, target=target_mark)
 
     drafts = {"base": (base_draft, draft_mark)}
     if "distillspec" in args.methods:
         drafts["DistillSpec"] = distil(draft_epochs)
     if "adaspec" in args.methods:
         reference, reference_mark = distil(reference_epochs)
+
+        def stage_2():
+            asked = teacher()
+            marks = target_mark + reference_mark
+            return selective_distillation(asked, reference_kl(asked, reference, marks), args.k)
+
         more = {"target": target_mark, "reference": reference_mark, "k": args.k, "micro_batch": args.micro_batch}
-        drafts["AdaSPEC"] = fit(
-            "adaspec",
-            draft_mark,
-            trainable(base_draft),
-            lambda: selective_distillation(frozen(target), frozen(reference), args.k),
-            plan["lr"],
-            draft_epochs,
-            **more,
-        )
+        drafts["AdaSPEC"] = fit("adaspec", draft_mark, trainable(base_draft), stage_2, plan["lr"], draft_epochs, **more)
 
     flags = ("gamma", "max_new_tokens", "max_length", "dtype", "eval_batch", "timed_prompts")
     protocol = {"pair": pair_name, "task": task, "seed": seed, "split": "test", "prompts": len(test)}
     protocol |= {flag: getattr(args, flag) for flag in flags}
     models = {"target": target_mark, **{name: mark for name, (_, mark) in drafts.items()}}
     mark, note = fingerprint(protocol | models | {"test": data.digest(test)}), folder / "evaluation.json"
-    saved = agreed(json.loads(note.read_text()) if note.is_file() else {})
+    saved = train.agreed(json.loads(note.read_text()) if note.is_file() else {})
     if saved.get("fingerprint") == mark:
         return saved["rows"]
-    loaded = {name: frozen(path).model for name, (path, _) in drafts.items()}
-    rows = evaluate(frozen(target).model, loaded, test, tokenizer, args, seed, f"{task} evaluation")
-    rows = agreed([protocol | row for row in rows])  # rank 0's have the timings
+    loaded = {name: load_model(path, device, frozen_dtype) for name, (path, _) in drafts.items()}
+    rows = evaluate(load_model(target, device, frozen_dtype), loaded, test, tokenizer, args, seed, f"{task} evaluation")
+    rows = train.agreed([protocol | row for row in rows])  # rank 0's have the timings
     if train.rank() == 0:
         note.write_text(json.dumps({"fingerprint": mark, "versions": versions(), "rows": rows}, indent=1))
+        for kind in ("target", "reference"):
+            shutil.rmtree(folder / f"cache-{kind}", ignore_errors=True)
     return rows
 
 
@@ -442,6 +473,8 @@ def parse(argv=None):
     add("--epochs", type=numbers, help="target,reference,draft; target 0: it is fine-tuned already")
     add("--max-steps", type=int, help="cut every stage short")
     add("--max-length", type=int, default=512, help="tokens of a training row")
+    add("--cache-gb", type=float, default=100.0, help="bound on the target's cached hidden states; 0: no cache")
+    add("--shard-target", action="store_true", help="spread the frozen target's layers over the ranks (FSDP)")
     add("--dtype", choices=train.DTYPES, help="default bfloat16 on GPU, float32 on CPU")
     add("--gamma", type=int, default=5, help="tokens drafted a round")
     add("--max-new-tokens", type=int, default=128)
@@ -456,7 +489,7 @@ def parse(argv=None):
             if name not in valid:
                 parser.error(f"--{flag}: unknown name {name!r}, expected some of {', '.join(valid)}")
     for flag, value in vars(args).items():
-        if isinstance(value, int) and value < 1:
+        if type(value) is int and value < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
     if not 0 < args.k <= 1:
         parser.error(f"--k must be in (0, 1], got {args.k}")

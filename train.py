@@ -2,73 +2,47 @@
 
 Launched by torchrun it shards every batch over the ranks without overlap. What a stage minimises is an `objective`, a function
 
-    objective(logits [N, V], batch) -> (sum of losses, number of tokens in that sum)
+    objective(hidden [N, d], head, batch) -> (sum of losses, number of tokens in that sum)
 
-over the N response tokens of a micro-batch. The loop adds sums and counts over micro-batches and ranks and divides once, so
-that accumulation and data parallelism give the gradient of the whole batch, whatever the share of tokens that bear loss.
+of the last hidden state at the N response positions of a micro-batch and the output head that turns it into logits. The loop
+adds sums and counts over micro-batches and ranks and divides once, so that accumulation and data parallelism give the gradient
+of the whole batch, whatever the share of tokens that bear loss.
+
+Three things keep distillation cheap, and none of them approximates anything. Logits exist for response tokens only, `CHUNK` of
+them at a time, with the gradient of the output head formed on the way (`Head.loss`). The frozen target and reference are run
+over the data once: `TokenCache` keeps the target's last hidden state, whose product with the output head is the logits, and
+the reference's KL. And right-padded batches need no attention mask, since causal attention never looks right.
 """
 
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Example, batches, collate
 
-__all__ = ["Batch", "NonFiniteError", "ResponseLogits", "gather_ragged", "setup", "train"]
+__all__ = ["Batch", "Frozen", "Head", "NonFiniteError", "TokenCache", "gather_ragged", "setup", "train"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHUNK = 256  # response tokens whose logits exist at one time
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient became infinite or NaN."""
 
 
-class Batch(NamedTuple):
-    """A micro-batch: `input_ids` [B, T], the flat position of each response token's predictor [N], that token's id [N]."""
-
-    input_ids: Tensor
-    index: Tensor
-    labels: Tensor
-
-
-class ResponseLogits(nn.Module):
-    """A causal LM's logits where they bear loss: the trunk runs on all positions, the output head on response positions only.
-
-    forward(input_ids [B, T], index [N] into B * T) -> [N, vocab_size]. Heads padded beyond the shared tokenizer are cut to
-    `vocab_size` = len(tokenizer) here, for every model alike.
-    """
-
-    def __init__(self, model: nn.Module, vocab_size: int):
-        super().__init__()
-        self.model, self.vocab_size = model, vocab_size
-
-    def forward(self, input_ids: Tensor, index: Tensor) -> Tensor:
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        logits = self.model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, index))
-        return logits[..., : self.vocab_size]
-
-    def check(self) -> None:
-        """Raise ValueError where trunk and head alone are not the model's logits (softcapped or scaled logits, for one)."""
-        index = torch.arange(8, device=next(self.model.parameters()).device)
-        ids, mode = index[None] % self.vocab_size, self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            expected = self.model(input_ids=ids).logits[0, :, : self.vocab_size]
-            same = torch.allclose(self(ids, index), expected, rtol=1e-3, atol=1e-3)
-        self.model.train(mode)
-        if not same:
-            raise ValueError(
-                f"{type(self.model).__name__} changes its logits after the output head; ResponseLogits does not reproduce that"
-            )
+# Ranks
 
 
 def setup() -> torch.device:
@@ -90,6 +64,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def agreed(value):
+    """Rank 0's value on every rank, and a barrier: what is read from a disk that ranks write to is decided once."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def gather_ragged(values: Tensor) -> tuple[Tensor, slice]:
     """Concatenate 1-D tensors of different lengths over all ranks; returns (all values, where this rank's own lie)."""
     if world_size() == 1:
@@ -105,13 +87,24 @@ def gather_ragged(values: Tensor) -> tuple[Tensor, slice]:
     return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]), slice(start, start + len(values))
 
 
-def make_batch(examples: Sequence[Example], device: torch.device) -> Batch:
-    input_ids, labels = collate(examples)
-    next_labels = torch.full_like(labels, -100)
-    next_labels[:, :-1] = labels[:, 1:]  # position t predicts the token at t + 1
-    index = (next_labels != -100).flatten().nonzero().squeeze(-1)
-    batch = Batch(input_ids, index, next_labels.flatten()[index])
-    return Batch(*(t.to(device, non_blocking=True) for t in batch))
+# Batches
+
+
+class Batch(NamedTuple):
+    """A micro-batch: `input_ids` [B, T], the flat position of each response token's predictor [N], that token's id [N],
+    and the examples' numbers [B]."""
+
+    input_ids: Tensor
+    index: Tensor
+    labels: Tensor
+    rows: list[int]
+
+
+def make_batch(examples: Sequence[Example], rows: list[int], device: torch.device) -> Batch:
+    input_ids, labels = collate([examples[row] for row in rows])
+    next_labels = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # position t predicts the token at t + 1
+    index = (next_labels != -100).nonzero().squeeze(-1)
+    return Batch(*(t.to(device, non_blocking=True) for t in (input_ids, index, next_labels[index])), rows)
 
 
 def micro_batches(rows: list[int], micro_batch: int | None) -> list[list[int]]:
@@ -124,10 +117,221 @@ def micro_batches(rows: list[int], micro_batch: int | None) -> list[list[int]]:
     return [rows[slot :: world * count] for slot in range(rank(), world * count, world)]
 
 
+# Models: trunk, head, and the loss on the product of both
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """The trunk's output (after the final norm) where it predicts a response token, [N, d]."""
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, batch.index)  # (boolean indexing has a serial backward on CPU)
+
+
+class Head:
+    """A causal LM's output head, cut to `vocab_size` rows = len(tokenizer): heads are padded, each in its own way.
+
+    Raises ValueError where the head has fewer rows, or where it is not all that lies between the trunk and the logits
+    (softcapped or scaled logits, for one).
+    """
+
+    def __init__(self, model: nn.Module, vocab_size: int):
+        self.linear, self.vocab_size = model.get_output_embeddings(), vocab_size
+        if len(self.linear.weight) < vocab_size:
+            raise ValueError(
+                f"{type(model).__name__}: the output head has {len(self.linear.weight)} rows, the tokenizer {vocab_size} tokens"
+            )
+
+    def check(self, model: nn.Module) -> None:
+        index, mode = torch.arange(8, device=self.linear.weight.device), model.training
+        ids = index[None] % self.vocab_size
+        model.eval()
+        with torch.no_grad():
+            logits = self(hidden_states(model, Batch(ids, index, index, [0])))
+            same = torch.allclose(logits, model(input_ids=ids).logits[0, :, : self.vocab_size], rtol=1e-3, atol=1e-3)
+        model.train(mode)
+        if not same:
+            raise ValueError(f"{type(model).__name__} changes its logits after the output head; the loss here would miss that")
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        bias = getattr(self.linear, "bias", None)
+        return self.linear.weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [n, vocab_size] of hidden states [n, d]."""
+        return _logits(hidden, *self.weights())
+
+    @torch.no_grad()
+    def per_token(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """loss(rows, their logits) of every row of `hidden`, [N], without gradient, CHUNK rows at a time."""
+        dtype = _compute_dtype(hidden)
+        hidden, weights = hidden.to(dtype), [None if t is None else t.to(dtype) for t in self.weights()]
+        with torch.autocast(hidden.device.type, enabled=False):
+            parts = torch.arange(len(hidden), device=hidden.device).split(CHUNK)
+            return torch.cat([loss(rows, _logits(hidden[rows], *weights)) for rows in parts])
+
+    def loss(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None = None) -> Tensor:
+        """The sum of loss(rows, their logits) over `rows` (all of them by default), a scalar with gradient.
+
+        The same as summing the loss on the logits of all rows, without ever holding more than CHUNK rows of logits.
+        """
+        rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
+        return _ChunkedLoss.apply(hidden, *self.weights(), rows, loss)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden @ weight.T + bias; the number of rows is padded to a multiple of 64, for each new one compiles a kernel on CPU."""
+    return F.linear(F.pad(hidden, (0, 0, 0, -len(hidden) % 64)), weight, bias)[: len(hidden)]
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The autocast type, but float32 for float16: the gradients here are formed before GradScaler's scale is known."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Forms the gradients of hidden states and output head chunk by chunk in the forward pass; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rows, loss):
+        dtype = _compute_dtype(hidden)
+        head = [t.detach().to(dtype).requires_grad_() for t in (weight, bias) if t is not None]
+        grads = [torch.zeros_like(hidden), *(torch.zeros_like(t) for t in (weight, bias) if t is not None)]
+        total = torch.zeros((), device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False), torch.enable_grad():
+            for part in rows.split(CHUNK):
+                chunk = hidden.detach()[part].to(dtype).requires_grad_()
+                part_loss = loss(part, _logits(chunk, *head, *[None] * (2 - len(head)))).sum()
+                grad_chunk, *grad_head = torch.autograd.grad(part_loss, [chunk, *head])
+                grads[0].index_copy_(0, part, grad_chunk.to(hidden.dtype))
+                for grad, new in zip(grads[1:], grad_head, strict=True):
+                    grad += new
+                total += part_loss.detach()
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grads = [grad.mul_(grad_output) for grad in ctx.saved_tensors]
+        return *grads, *[None] * (5 - len(grads))
+
+
+class _Student(nn.Module):
+    """What DistributedDataParallel wraps: the model and its loss in one forward, so that all gradients pass through it."""
+
+    def __init__(self, model: nn.Module, vocab_size: int, objective):
+        super().__init__()
+        self.model, self.head, self.objective = model, Head(model, vocab_size), objective
+        self.head.check(model)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
+        return self.objective(hidden_states(self.model, batch), self.head, batch)
+
+
+# The frozen teacher and its cache
+
+
+class TokenCache:
+    """Values of every response token of a data set, [tokens, width], in memory-mapped files: one a rank, read by all ranks.
+
+    `folder` must be on a disk that all ranks see. A cache counts as made only once its `cache.json` carries `fingerprint`
+    (which stands for the frozen model, the tokenised rows and the dtype), and that is written last.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, examples: Sequence[Example], width: int, dtype: torch.dtype):
+        self.folder, self.fingerprint, self.examples, self.width, self.dtype = Path(folder), fingerprint, examples, width, dtype
+        # an example whose first token bears loss has no predictor for it
+        self.counts = [len(e.input_ids) - max(e.prompt_length, 1) for e in examples]
+        self.bytes = sum(self.counts) * width * dtype.itemsize
+        self.shards: list[Tensor] = []
+
+    def fill(self, compute: Callable[[Batch], Tensor], device: torch.device, rows_at_once: int, name: str) -> None:
+        """Make the files with compute(batch) -> [N, width], each rank its share of the examples, or open those there are."""
+        note = self.folder / "cache.json"
+        made = json.loads(note.read_text()) if rank() == 0 and note.is_file() else {}
+        world = agreed(made["world_size"] if made.get("fingerprint") == self.fingerprint else None)
+        if world is None:
+            world = world_size()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            note.unlink(missing_ok=True)
+            agreed(None)
+            self._write(compute, device, rows_at_once, name)
+            agreed(None)
+            if rank() == 0:
+                partial = note.with_suffix(".partial")
+                partial.write_text(json.dumps({"fingerprint": self.fingerprint, "world_size": world}))
+                partial.replace(note)
+        self.starts, self.shards = self._starts(world), [self._map(r, world) for r in range(world)]
+
+    def _write(self, compute, device, rows_at_once, name):
+        starts, shard = self._starts(world_size()), self._map(rank(), world_size(), create=True)
+        own = sorted(range(rank(), len(self.examples), world_size()), key=lambda i: -len(self.examples[i].input_ids))
+        rounds = -(-len(self.examples) // (world_size() * rows_at_once))  # as many on every rank: a sharded model needs all
+        bar = tqdm(total=len(own), desc=name, unit="row", delay=2, disable=rank() != 0, dynamic_ncols=True)
+        for i in range(rounds):
+            rows = own[i * rows_at_once :][:rows_at_once] or own[:1]
+            values = compute(make_batch(self.examples, rows, device)).reshape(-1, self.width).to("cpu", self.dtype)
+            for row, part in zip(rows, values.split([self.counts[row] for row in rows]), strict=True):
+                shard[starts[row] : starts[row] + len(part)] = part
+            bar.update(len(rows))
+        bar.close()
+
+    def _starts(self, world: int) -> list[int]:
+        """Where each example's tokens begin in its shard; shard r holds the examples r, r + world, ..."""
+        ends, starts = [0] * world, []
+        for row, count in enumerate(self.counts):
+            starts.append(ends[row % world])
+            ends[row % world] += count
+        return starts
+
+    def _map(self, shard: int, world: int, create: bool = False) -> Tensor:
+        path, tokens = self.folder / f"{shard}.bin", sum(self.counts[shard::world])
+        if create:
+            path.unlink(missing_ok=True)
+        return torch.from_file(str(path), shared=create, size=tokens * self.width, dtype=self.dtype).view(tokens, self.width)
+
+    def read(self, batch: Batch) -> Tensor:
+        """The batch's values [N, width] on its device, in the order of `batch.index`."""
+        world = len(self.shards)
+        parts = [self.shards[row % world][self.starts[row] :][: self.counts[row]] for row in batch.rows]
+        return torch.cat(parts).to(batch.input_ids.device, non_blocking=True)
+
+
+class Frozen:
+    """A model that is only asked: its hidden states [N, D] at response positions, from a cache if it has one, and its head."""
+
+    def __init__(self, model: nn.Module, vocab_size: int):
+        self.model, self.head, self.cache = model.eval().requires_grad_(False), Head(model, vocab_size), None
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        if self.cache:
+            return self.cache.read(batch)
+        with torch.autocast(batch.input_ids.device.type, enabled=False):  # its weights have the training dtype already
+            return hidden_states(self.model, batch)
+
+    def use(self, cache: TokenCache, rows_at_once: int, name: str) -> None:
+        """Answer from `cache` from now on, making it first where need be; the trunk is let go."""
+        cache.fill(self.hidden, self.model.device, rows_at_once, name)
+        self.cache, self.model = cache, None
+
+
+def shard_layers(model: nn.Module) -> None:
+    """Spread a frozen model's decoder layers over all ranks (PyTorch's fully_shard); embeddings and head stay whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    layers = max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    for layer in layers:
+        fully_shard(layer)
+
+
+# The loop
+
+
 def train(
     model: nn.Module,
     examples: Sequence[Example],
-    objective: Callable[[Tensor, Batch], tuple[Tensor, Tensor | int]],
+    objective: Callable[[Tensor, Head, Batch], tuple[Tensor, Tensor | int]],
     *,
     vocab_size: int,
     lr: float,
@@ -143,22 +347,21 @@ def train(
 ) -> dict:
     """Train `model` (float32 weights, in place) with AdamW at a constant rate; returns a summary (steps, tokens, loss, ...).
 
-    `batch_size` counts the rows of an optimiser step over all ranks, `micro_batch` those of one forward on one rank. `dtype` is
-    the autocast type: float32, bfloat16, or float16 (with a GradScaler; steps it skips are counted). Matrices decay, biases and
-    norms do not. Raises NonFiniteError naming stage, step and rows; ValueError where ranks outnumber a batch's rows.
+    `batch_size` counts the rows of an optimiser step over all ranks, `micro_batch` those of one forward on one rank. `dtype`
+    is the autocast type: float32, bfloat16, or float16 (with a GradScaler; steps it skips are counted). Matrices decay, biases
+    and norms do not. Raises NonFiniteError naming stage, step and rows; ValueError where ranks outnumber a batch's rows.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     lengths = [len(e.input_ids) for e in examples]
-    if not lengths or len(batches(lengths, batch_size, seed, 0)[-1]) < world_size():
+    if not lengths or min(map(len, batches(lengths, batch_size, seed, 0))) < world_size():
         raise ValueError(f"{name}: {len(lengths)} rows in batches of {batch_size} do not feed {world_size()} ranks")
     device = next(model.parameters()).device
     torch.manual_seed(seed + rank())  # dropout only; rows and their order depend on `seed` alone
     model.train()
-    logits_of = ResponseLogits(model, vocab_size)
-    logits_of.check()
+    student = _Student(model, vocab_size, objective)
     if world_size() > 1:
-        logits_of = DistributedDataParallel(logits_of, device_ids=[device.index] if device.type == "cuda" else None)
+        student = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in weights if p.ndim >= 2], "weight_decay": weight_decay}]
     groups += [{"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0}]
@@ -175,21 +378,18 @@ def train(
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, loss-bearing tokens
         parts = micro_batches(rows, micro_batch)
         for i, part in enumerate(parts):
-            batch = make_batch([examples[j] for j in part], device)
+            batch = make_batch(examples, part, device)
             last = i == len(parts) - 1 or world_size() == 1
-            with nullcontext() if last else logits_of.no_sync():
+            with nullcontext() if last else student.no_sync():
                 with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-                    logits = logits_of(batch.input_ids, batch.index)
-                loss, count = objective(logits, batch)
+                    loss, count = student(batch)
                 scaler.scale(loss * scale).backward()
             sums += torch.stack([loss.detach().double(), torch.as_tensor(count, device=device).double()])
         if world_size() > 1:
             dist.all_reduce(sums)
         scaler.unscale_(optimizer)
         factor = (world_size() / (scale * sums[1].clamp_min(1))).float()  # DDP has averaged over ranks: undo that
-        for weight in weights:
-            if weight.grad is not None:
-                weight.grad.mul_(factor)
+        torch._foreach_mul_([p.grad for p in weights if p.grad is not None], factor)
         norm = nn.utils.clip_grad_norm_(weights, clip)
         total, count, norm = torch.stack([*sums, norm.double()]).tolist()  # the step's one wait for the device
         if not math.isfinite(total) or not (math.isfinite(norm) or scaler.is_enabled()):

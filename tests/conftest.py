@@ -35,9 +35,9 @@ def make_model(tokenizer):
         "codegen": lambda **kw: CodeGenConfig(**(codegen | kw)),
     }
 
-    def make(architecture="neox", seed=0, vocab_size=len(tokenizer) + 16, **sizes):
+    def make(architecture="neox", seed=0, vocab_size=None, **sizes):
         torch.manual_seed(seed)
-        end = tokenizer.eos_token_id
+        end, vocab_size = tokenizer.eos_token_id, vocab_size or len(tokenizer) + 16
         config = configs[architecture](vocab_size=vocab_size, bos_token_id=end, eos_token_id=end, **sizes)
         return AutoModelForCausalLM.from_config(config).float().eval()
 

@@ -31,7 +31,9 @@ def encode_one(tokenizer, prompt, response, max_length=512):
 def test_loss_tokens_are_the_response_and_the_end_token_where_bpe_would_merge_over_the_border():
     tokenizer = data.train_tokenizer(["answer " * 50, "an swer"], 300)
     prompt, response = "ans", "wer answer"
-    assert len(tokenizer(prompt + response)["input_ids"]) < len(tokenizer(prompt)["input_ids"] + tokenizer(response)["input_ids"])
+    assert len(tokenizer(prompt + response)["input_ids"]) < len(
+        tokenizer(prompt)["input_ids"] + tokenizer(response)["input_ids"]
+    )
     (example,), dropped = encode_one(tokenizer, prompt, response)
     input_ids, labels = data.collate([example])
     kept = labels[0][labels[0] != -100].tolist()
@@ -76,9 +78,7 @@ def test_start_token_once_and_no_end_token_inside(tokenizer):
 
     end = tokenizer.eos_token_id
     inner = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    inner.post_processor = TemplateProcessing(
-        single="A $0 <|endoftext|>", special_tokens=[("A", 5), ("<|endoftext|>", end)]
-    )
+    inner.post_processor = TemplateProcessing(single="A $0 <|endoftext|>", special_tokens=[("A", 5), ("<|endoftext|>", end)])
     with_start = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
     (example,), _ = encode_one(with_start, "one two", "three")
     plain = [*tokenizer("one two")["input_ids"], *tokenizer("three")["input_ids"]]
@@ -96,7 +96,7 @@ def test_missing_splits_are_carved_off_train_without_overlap(tmp_path):
     write(tmp_path / "gsm8k", "train", qa(100))
     parts = {split: data.load_rows("gsm8k", split, tmp_path) for split in ("train", "validation", "test")}
     assert [len(rows) for rows in parts.values()] == [80, 10, 10]
-    assert sum(parts.values(), []) == qa(100)
+    assert [*parts["train"], *parts["validation"], *parts["test"]] == qa(100)
     write(tmp_path / "gsm8k", "test", qa(7, 1000))
     assert data.load_rows("gsm8k", "train", tmp_path) == qa(90)
     assert data.load_rows("gsm8k", "test", tmp_path, limit=3) == qa(3, 1000)
@@ -126,18 +126,14 @@ def test_real_rows(task, tokenizer):
         text = tokenizer.decode(example.input_ids[example.prompt_length :])
         assert any(spec.response(row).startswith(text.removesuffix("<|endoftext|>")) for row in rows)
         assert len(example.input_ids) <= 512 and (len(example.input_ids) == 512 or text.endswith("<|endoftext|>"))
-    seen = [
-        {json.dumps(row) for row in data.load_rows(task, split, SHARED)} for split in ("train", "validation", "test")
-    ]
+    seen = [{json.dumps(row) for row in data.load_rows(task, split, SHARED)} for split in ("train", "validation", "test")]
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
 
 
 def test_gsm8k_prompt_and_response_are_the_papers():
     row = {"question": "Q?", "answer": "1+1 = <<1+1=2>>2\n#### 2"}
     spec = data.TASKS["gsm8k"]
-    assert spec.prompt(row) == (
-        "Q?\nAnswer the above question. First think step by step and then answer the final number.\n"
-    )
+    assert spec.prompt(row) == ("Q?\nAnswer the above question. First think step by step and then answer the final number.\n")
     assert spec.response(row) == "1+1 = <<1+1=2>>2\nThe final answer is:  2"
 
 

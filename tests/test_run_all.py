@@ -141,12 +141,6 @@ def test_tokenizers_that_differ_are_refused_by_the_first_token(tmp_path, tokeniz
         run_all.main([*FEW, *where, "--pairs", "pythia", "--tasks", "gsm8k"])
 
 
-def test_head_smaller_than_the_tokenizer_is_refused(tmp_path, tokenizer, make_model):
-    make_model("neox", vocab_size=len(tokenizer) - 1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{len(tokenizer) - 1} rows, the shared tokenizer {len(tokenizer)}"):
-        run_all.load_model(tmp_path, "cpu", len(tokenizer))
-
-
 def test_missing_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"model EleutherAI/pythia-1\.4b is not in"):
         run_all.resolve("EleutherAI/pythia-1.4b", str(tmp_path))

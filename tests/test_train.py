@@ -9,7 +9,8 @@ from torch.nn import functional as F
 import train
 from adaspec import adaspec_loss
 from data import batches, collate
-from run_all import cross_entropy, distillation, selective_distillation
+from distillspec import DIVERGENCES
+from run_all import cross_entropy, distillation, divergence_from, selective_distillation
 
 
 def weights(model):
@@ -22,26 +23,66 @@ def run(model, examples, objective=cross_entropy, **settings):
     return model, train.train(model, examples, objective, **settings)
 
 
-@pytest.mark.parametrize("architecture", ["neox", "llama", "phi", "codegen"])
-def test_response_logits_are_the_models_own(make_model, examples, architecture):
+ARCHITECTURES = pytest.mark.parametrize("architecture", ["neox", "llama", "phi", "codegen"])
+CPU = torch.device("cpu")
+
+
+@ARCHITECTURES
+def test_trunk_and_head_give_the_models_own_logits(make_model, examples, architecture):
     model = make_model(architecture)
     input_ids, labels = collate(examples[:5])
-    batch = train.make_batch(examples[:5], torch.device("cpu"))
-    ours = train.ResponseLogits(model, 400)
-    ours.check()
+    batch = train.make_batch(examples, list(range(5)), CPU)
+    head = train.Head(model, 400)
+    head.check(model)
     with torch.no_grad():
         expected = model(input_ids).logits[:, :-1, :400][labels[:, 1:] != -100]
-        torch.testing.assert_close(ours(batch.input_ids, batch.index), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(head(train.hidden_states(model, batch)), expected, rtol=1e-5, atol=1e-6)
     assert batch.labels.tolist() == labels[:, 1:][labels[:, 1:] != -100].tolist()
 
 
-def test_a_head_that_does_more_than_multiply_is_refused():
+def test_heads_that_do_not_fit_are_refused(make_model):
     from transformers import AutoModelForCausalLM, GraniteConfig
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = AutoModelForCausalLM.from_config(GraniteConfig(vocab_size=99, logits_scaling=8.0, **sizes))
-    with pytest.raises(ValueError, match="Granite.* changes its logits"):
-        train.ResponseLogits(model, 99).check()
+    with pytest.raises(ValueError, match=r"Granite.* changes its logits"):
+        train.Head(model, 99).check(model)
+    with pytest.raises(ValueError, match="399 rows, the tokenizer 400 tokens"):
+        train.Head(make_model(vocab_size=399), 400)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [(a, "fkl") for a in ("neox", "llama", "phi", "codegen")] + [("neox", n) for n in ("rkl", "jsd", "tvd", "lk", "lk_hybrid")],
+)
+@pytest.mark.parametrize("selected", [False, True])
+def test_chunked_loss_equals_the_plain_one(make_model, examples, monkeypatch, architecture, name, selected):
+    """Loss and every parameter's gradient, 1e-6 relative, against autograd on the whole logits; chunks do not divide N."""
+    monkeypatch.setattr(train, "CHUNK", 50)
+    target, draft = make_model(architecture, seed=1), make_model(architecture, seed=2)
+    batch = train.make_batch(examples, list(range(6)), CPU)
+    rows = torch.arange(0, len(batch.index), 3) if selected else None
+    with torch.no_grad():
+        target_hidden = train.hidden_states(target, batch)
+    target_head = train.Head(target, 400)
+
+    def gradients(loss):
+        draft.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in draft.parameters()])
+
+    def loss(rows, logits):
+        return DIVERGENCES[name](target_head(target_hidden[rows]), logits)
+
+    head = train.Head(draft, 400)
+    chunked = head.loss(train.hidden_states(draft, batch), loss, rows)
+    every = torch.arange(len(batch.index)) if rows is None else rows
+    plain = loss(every, draft(batch.input_ids).logits.flatten(0, 1)[batch.index[every], :400]).sum()
+    torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=0)
+    ours, theirs = gradients(3 * chunked), gradients(3 * plain)
+    assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+    per_token = head.per_token(train.hidden_states(draft, batch), loss)
+    torch.testing.assert_close(per_token[every].sum(), plain, rtol=1e-6, atol=0)
 
 
 def test_equals_a_plain_loop_written_here(make_model, examples):
@@ -70,13 +111,17 @@ def test_equals_a_plain_loop_written_here(make_model, examples):
     assert (weights(other) - weights(make_model())).abs().max() > 5e-3
 
 
-def objectives(make_model):
-    target = train.ResponseLogits(make_model(seed=1, hidden_size=48), 400)
-    reference = train.ResponseLogits(make_model(seed=2), 400)
+def reference_kl(reference, target):
+    return lambda batch: reference.head.per_token(reference.hidden(batch), divergence_from(target, batch))
+
+
+def objectives(make_model, dtype=torch.float32):
+    target = train.Frozen(make_model(seed=1, hidden_size=48).to(dtype), 400)
+    reference = train.Frozen(make_model(seed=2).to(dtype), 400)
     return {
         "cross_entropy": cross_entropy,
         "distillation": distillation(target),
-        "selective": selective_distillation(target, reference, 0.4),
+        "selective": selective_distillation(target, reference_kl(reference, target), 0.4),
     }
 
 
@@ -92,7 +137,9 @@ def test_accumulation_gives_the_large_batch(make_model, examples, micro_batch):
 def test_selective_step_is_adaspec_loss(make_model, examples):
     """One optimiser step of the driver's stage 2 equals one on the loss that users copy."""
     target, reference, draft = make_model(seed=1, hidden_size=48), make_model(seed=2), make_model(seed=3)
-    ours, summary = run(draft, examples, selective_distillation(*(train.ResponseLogits(m, 400) for m in (target, reference)), 0.4), max_steps=1)
+    frozen = [train.Frozen(copy.deepcopy(model), 400) for model in (target, reference)]
+    objective = selective_distillation(frozen[0], reference_kl(frozen[1], frozen[0]), 0.4)
+    ours, summary = run(draft, examples, objective, max_steps=1)
     rows = batches([len(e.input_ids) for e in examples], 12, 0, 0)[0]
     input_ids, labels = collate([examples[i] for i in rows])
     with torch.no_grad():
@@ -111,19 +158,21 @@ def test_selective_step_is_adaspec_loss(make_model, examples):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["cross_entropy", "distillation", "selective"])
 def test_autocast_types_follow_float32(make_model, examples, dtype, name):
-    objective = objectives(make_model)[name]
-    full, exact = run(make_model(), examples, objective)
-    low, summary = run(make_model(), examples, objective, dtype=dtype)
+    full, exact = run(make_model(), examples, objectives(make_model)[name])
+    low, summary = run(make_model(), examples, objectives(make_model, train.DTYPES[dtype])[name], dtype=dtype)
     assert {p.dtype for p in low.parameters()} == {torch.float32}
     assert summary["loss"] == pytest.approx(exact["loss"], rel=0.05)
     if not summary["skipped_steps"]:
         assert (weights(low) - weights(full)).norm() < 0.2 * (weights(full) - weights(make_model())).norm()
 
 
-def test_float16_skips_overflowing_steps_and_counts_them(make_model, examples):
-    def explosive(logits, batch):
-        return logits.float().pow(2).sum() * 1e4, len(logits)
+def summed(loss):
+    """An objective from loss(logits) of one token each."""
+    return lambda hidden, head, batch: (head.loss(hidden, lambda rows, logits: loss(logits)), len(hidden))
 
+
+def test_float16_skips_overflowing_steps_and_counts_them(make_model, examples):
+    explosive = summed(lambda logits: logits.float().pow(2).sum(-1) * 1e6)
     _, summary = run(make_model(), examples, explosive, dtype="float16")
     assert 0 < summary["skipped_steps"] <= summary["steps"] == 5
 
@@ -131,16 +180,95 @@ def test_float16_skips_overflowing_steps_and_counts_them(make_model, examples):
 def test_non_finite_loss_or_gradient_names_stage_step_and_rows(make_model, examples):
     calls = []
 
-    def poisoned(logits, batch):
+    def poisoned(hidden, head, batch):
         calls.append(1)
-        return logits.sum() * (float("nan") if len(calls) == 3 else 1.0), len(logits)
+        return hidden.sum() * (float("nan") if len(calls) == 3 else 1.0), len(hidden)
 
     rows = sorted(batches([len(e.input_ids) for e in examples], 12, 0, 0)[2])
     with pytest.raises(train.NonFiniteError, match=r"toy: loss is not finite in step 3 \(epoch 1, rows") as error:
         run(make_model(), examples, poisoned, name="toy")
     assert str(rows) in str(error.value)
     with pytest.raises(train.NonFiniteError, match="gradient norm is not finite in step 1"):
-        run(make_model(), examples, lambda logits, batch: ((logits - logits.detach()).sqrt().sum(), len(logits)))
+        run(make_model(), examples, summed(lambda logits: (logits - logits.detach()).sqrt().sum(-1)))
+
+
+def test_nan_from_the_reference_is_noticed(make_model, examples):
+    target = train.Frozen(make_model(seed=1), 400)
+    broken = selective_distillation(target, lambda batch: torch.full((len(batch.index),), float("nan")), 0.4)
+    with pytest.raises(train.NonFiniteError, match="loss is not finite"):
+        run(make_model(), examples, broken)
+
+
+def caches(folder, examples, width, dtype=torch.float32, fingerprint="a"):
+    return (
+        train.TokenCache(folder / "hidden", fingerprint, examples, width, dtype),
+        train.TokenCache(folder / "kl", fingerprint, examples, 1, torch.float32),
+    )
+
+
+@ARCHITECTURES
+def test_cache_changes_nothing(make_model, examples, tmp_path, architecture):
+    """Stage 2 from the cached hidden states and KL: the loss of every step within 1e-5 of recomputing them."""
+    losses = []
+    for cached in (False, True):
+        target, reference = (train.Frozen(make_model(architecture, seed=seed), 400) for seed in (1, 2))
+        kl, steps = reference_kl(reference, target), []
+        if cached:
+            hidden, by_token = caches(tmp_path, examples, 32)
+            target.use(hidden, 7, "target")
+            by_token.fill(kl, CPU, 5, "reference")
+            assert target.model is None and hidden.bytes == (tmp_path / "hidden" / "0.bin").stat().st_size
+            kl = lambda batch, made=by_token: made.read(batch).squeeze(1)  # noqa: E731
+        stage_2 = selective_distillation(target, kl, 0.4)
+
+        def record(hidden, head, batch, stage_2=stage_2, steps=steps):
+            loss, count = stage_2(hidden, head, batch)
+            steps.append(loss.item() / count)
+            return loss, count
+
+        run(make_model(architecture, seed=3), examples, record, epochs=2)
+        losses.append(steps)
+    assert len(losses[0]) == 10
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_cache_is_the_target_bit_for_bit_on_equal_batches(make_model, examples, tmp_path, dtype):
+    target = train.Frozen(make_model().to(train.DTYPES[dtype]), 400)
+    hidden, _ = caches(tmp_path, examples, 32, train.DTYPES[dtype])
+    by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    parts = [train.make_batch(examples, by_length[i : i + 8], CPU) for i in range(0, len(examples), 8)]
+    computed = [target.hidden(batch) for batch in parts]
+    target.use(hidden, 8, "target")
+    assert all(torch.equal(target.hidden(batch), values) for batch, values in zip(parts, computed, strict=True))
+    mixed = train.make_batch(examples, [3, 59, 0], CPU)
+    assert target.hidden(mixed).shape == (len(mixed.index), 32)
+
+
+def test_cache_is_reused_only_if_whole_and_of_the_same_making(examples, tmp_path):
+    calls = []
+
+    def compute(batch):
+        calls.append(len(batch.rows))
+        if sum(calls) > limit:
+            raise KeyboardInterrupt
+        return batch.labels.float()
+
+    def fill(fingerprint):
+        calls.clear()
+        made = caches(tmp_path, examples, 1, fingerprint=fingerprint)[1]
+        made.fill(compute, CPU, 8, "kl")
+        batch = train.make_batch(examples, [5, 2], CPU)
+        assert made.read(batch).squeeze(1).tolist() == batch.labels.tolist()
+        return sum(calls)
+
+    limit = 10**9
+    assert [fill("a"), fill("a"), fill("b"), fill("b")] == [60, 0, 60, 0]
+    limit = 30
+    with pytest.raises(KeyboardInterrupt):
+        fill("c")
+    limit = 10**9
+    assert [fill("c"), fill("b")] == [60, 60], "an interrupted cache is not trusted, and leaves none of the one before"
 
 
 def test_seed_decides_everything(make_model, examples):
