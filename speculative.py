@@ -287,7 +287,7 @@ def speculative_generate(
     Temperature 0 gives the target's greedy output token for token (in float32; in bfloat16 a near-tie may fall either
     way, since scoring a block rounds differently from single steps). Above 0 the output has the target's distribution
     whatever the draft is. Rows advance at their own pace, finished rows leave the batch, and each row's result is what
-    it would be alone.
+    it would be alone (above 0: in distribution).
 
     Args:
         target, draft: models with full attention and rotary or learned positions, on one device, with one tokenizer;

@@ -377,10 +377,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("gamma", [1, 2, 5])
+@pytest.mark.parametrize("gamma", [1, 5])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_sampling_is_lossless(small, setting, gamma):
-    """Every continuation of 4 tokens against its exact probability; false alarms 1e-4 for each of 15 cases."""
+    """Every continuation of 4 tokens against its exact probability; false alarms 1e-4 for each of 10 cases."""
     target, draft, _ = small
     sampling = {"temperature": 1.0} | SETTINGS[setting]
     prompt = torch.tensor([[1, 0, 3]])
