@@ -12,8 +12,8 @@ taken over the micro-batches that all ranks process at the same time.
 """
 
 import argparse
+import functools
 import hashlib
-import itertools
 import json
 import math
 import platform
@@ -35,7 +35,14 @@ import data
 import train
 from adaspec import select_tokens, token_kl
 from distillspec import DIVERGENCES
-from speculative import Stats, autoregressive_generate, bootstrap_interval, expected_acceptance, speculative_generate
+from speculative import (
+    Stats,
+    autoregressive_generate,
+    bootstrap_interval,
+    check_tokenizers,
+    expected_acceptance,
+    speculative_generate,
+)
 
 
 @dataclass(frozen=True)
@@ -190,15 +197,8 @@ def identity(name: str) -> str:
 def shared_tokenizer(target: str, draft: str):
     """The pair's tokenizer. Raises ValueError where the two disagree, naming the first token that differs."""
     tokenizers = [AutoTokenizer.from_pretrained(name) for name in (target, draft)]
-    vocabularies = [tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) for tokenizer in tokenizers]
-    for index, (a, b) in enumerate(itertools.zip_longest(*vocabularies)):
-        if a != b:
-            raise ValueError(f"the tokenizers differ: token {index} is {a!r} in {target}, {b!r} in {draft}")
+    check_tokenizers(*tokenizers)
     return tokenizers[0]
-
-
-def load_model(name, device, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
 
 
 def scratch_model(sizes: dict, tokenizer, seed: int):
@@ -209,139 +209,147 @@ def scratch_model(sizes: dict, tokenizer, seed: int):
     return AutoModelForCausalLM.from_config(config)
 
 
-def run_cell(task: str, pair_name: str, seed: int, args, device) -> list[dict]:
-    """All stages of one cell; returns its rows of the table."""
-    folder = Path(args.out, pair_name, task, f"seed{seed}")
-    pair = Pair(args.target, args.draft) if pair_name == "custom" else PAIRS[pair_name]
-    plan = recipe(task, pair_name, args)
-    scratch, spec = isinstance(pair.target, dict), data.TASKS[task]
-    rows = data.load_rows(task, "train", args.data_dir, args.limit)
-    if scratch:
-        tokenizer = data.train_tokenizer([spec.prompt(row) + spec.response(row) for row in rows], SCRATCH_VOCABULARY)
-    else:
-        base_target, base_draft = (resolve(name, args.models_dir) for name in (pair.target, pair.draft))
-        tokenizer = shared_tokenizer(base_target, base_draft)
-    vocab_size = len(tokenizer)
-    examples, dropped = data.encode(task, rows, tokenizer, args.max_length)
-    rows = data.load_rows(task, "test", args.data_dir, args.eval_prompts)
-    test, test_dropped = data.encode(task, rows, tokenizer, args.max_length)
-    say(
-        f"\n{pair_name} / {task} / seed {seed}: {len(examples)} train rows, {len(test)} test prompts "
-        f"({dropped} and {test_dropped} rows dropped: no response within {args.max_length} tokens)"
-    )
-    if not examples or not test:
-        raise ValueError(f"{task}: no rows are left within {args.max_length} tokens; raise --max-length")
-    folder.mkdir(parents=True, exist_ok=True)
-    frozen_dtype, rows_at_once = train.DTYPES[args.dtype], args.micro_batch or plan["batch_size"]
-    common = {"data": data.digest(examples), "seed": seed, "dtype": args.dtype, "max_steps": args.max_steps}
+class Cell:
+    """A pair, a task and a seed: their rows, and the stages that end in their part of the table."""
 
-    def fit(name, init, make_model, make_objective, lr, epochs, batch_size=plan["batch_size"], on=examples, **more):
-        """A stage that trains make_model(), which `init` stands for in the fingerprint."""
+    def __init__(self, pair_name: str, task: str, seed: int, args, device):
+        self.pair_name, self.task, self.seed, self.args, self.device = pair_name, task, seed, args, device
+        self.folder = Path(args.out, pair_name, task, f"seed{seed}")
+        self.pair = Pair(args.target, args.draft) if pair_name == "custom" else PAIRS[pair_name]
+        self.plan, self.dtype = recipe(task, pair_name, args), train.DTYPES[args.dtype]
+        spec, rows = data.TASKS[task], data.load_rows(task, "train", args.data_dir, args.limit)
+        self.scratch = isinstance(self.pair.target, dict)
+        if self.scratch:
+            self.tokenizer = data.train_tokenizer([spec.prompt(row) + spec.response(row) for row in rows], SCRATCH_VOCABULARY)
+        else:
+            self.names = [resolve(name, args.models_dir) for name in (self.pair.target, self.pair.draft)]
+            self.tokenizer = shared_tokenizer(*self.names)
+        test_rows = data.load_rows(task, "test", args.data_dir, args.eval_prompts)
+        self.examples, dropped = data.encode(task, rows, self.tokenizer, args.max_length)
+        self.test, test_dropped = data.encode(task, test_rows, self.tokenizer, args.max_length)
+        say(
+            f"\n{pair_name} / {task} / seed {seed}: {len(self.examples)} train rows, {len(self.test)} test prompts "
+            f"({dropped} and {test_dropped} rows dropped: no response within {args.max_length} tokens)"
+        )
+        if not self.examples or not self.test:
+            raise ValueError(f"{task}: no rows are left within {args.max_length} tokens; raise --max-length")
+        self.digest = data.digest(self.examples)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def fit(self, name, init, make_model, objective, lr, epochs, batch_size=None, examples=None, **made_of):
+        """The stage that trains make_model() on objective(); `init` and `made_of` stand for both in its fingerprint."""
+        args = self.args
+        hyper = {"lr": lr, "epochs": epochs, "batch_size": batch_size or self.plan["batch_size"], "seed": self.seed}
+        hyper |= {"dtype": args.dtype, "max_steps": args.max_steps}
 
         def work():
-            model = make_model().to(device)
-            hyper = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "max_steps": args.max_steps, "seed": seed}
-            amp = {"micro_batch": args.micro_batch, "dtype": args.dtype}
-            label = f"{task} {name}"
-            return model, train.train(model, on, make_objective(), vocab_size=vocab_size, name=label, **hyper, **amp)
+            model = make_model().to(self.device)
+            how = {"vocab_size": len(self.tokenizer), "micro_batch": args.micro_batch, "name": f"{self.task} {name}"}
+            return model, train.train(model, examples or self.examples, objective(), **hyper, **how)
 
-        settings = {"stage": name, "init": init, "lr": lr, "epochs": epochs, "batch_size": batch_size}
-        return stage(folder / name, settings | common | more, tokenizer, work)
+        settings = {"stage": name, "init": init, "data": self.digest, **hyper, **made_of}
+        return stage(self.folder / name, settings, self.tokenizer, work)
 
-    def trainable(path):
-        return lambda: load_model(path, device)
+    def load(self, path, dtype=torch.float32):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(self.device).eval()
 
-    def frozen(path):
-        return train.Frozen(load_model(path, device, frozen_dtype), vocab_size)
+    def frozen(self, path):
+        return train.Frozen(self.load(path, self.dtype), len(self.tokenizer))
 
-    def cache(kind, of, width, dtype):
-        """An empty cache over the training rows, or None where it would not fit."""
-        made_of = fingerprint({"of": of, "data": common["data"], "dtype": args.dtype})
-        made = train.TokenCache(folder / f"cache-{kind}", made_of, examples, width, dtype)
-        free = shutil.disk_usage(folder).free if not made.folder.is_dir() else math.inf
-        fits = train.agreed(made.bytes <= min(args.cache_gb * 2**30, free))
-        say(f"  {kind} cache: {made.bytes / 2**30:.3f} GiB" + ("" if fits else ", too large: recomputed in every step"))
+    def cache(self, kind: str, of: str, width: int, dtype):
+        """A cache of the model(s) `of` over the training rows, yet to be filled; None where it would not fit."""
+        mark = fingerprint({"of": of, "data": self.digest, "dtype": self.args.dtype})
+        made = train.TokenCache(self.folder / f"cache-{kind}", mark, self.examples, width, dtype)
+        room = math.inf if made.folder.is_dir() else shutil.disk_usage(self.folder).free
+        fits = train.agreed(made.bytes <= min(self.args.cache_gb * 2**30, room))
+        say(f"  {kind} cache: {made.bytes / 2**30:.3f} GiB" + ("" if fits else ", too large: computed anew in every step"))
         return made if fits else None
 
-    def teacher():
-        """The fine-tuned target, run over the data once where its hidden states fit into a cache."""
-        asked = frozen(target)
-        if args.shard_target:
-            train.shard_layers(asked.model)
-        made = cache("target", target_mark, asked.head.linear.weight.shape[1], frozen_dtype)
-        if made:
-            asked.use(made, rows_at_once, f"{task} target cache")
-        return asked
+    def teacher(self, target):
+        """The target (path, fingerprint), run over the rows once if its hidden states fit into a cache."""
+        path, mark = target
+        teacher = self.frozen(path)
+        if self.args.shard_target:
+            train.shard_layers(teacher.model)
+        cache = self.cache("target", mark, teacher.head.linear.weight.shape[1], self.dtype)
+        if cache:
+            teacher.use(cache, self.rows_at_once(), f"{self.task} target cache")
+        return teacher
 
-    def reference_kl(asked, path, of):
-        reference = frozen(path)
+    def selection(self, target, reference):
+        """Stage 2's objective, with the reference's KL per token in a cache too."""
+        teacher, asked = self.teacher(target), self.frozen(reference[0])
 
-        def compute(batch):
-            return reference.head.per_token(reference.hidden(batch), divergence_from(asked, batch))
+        def reference_kl(batch):
+            return asked.head.per_token(asked.hidden(batch), divergence_from(teacher, batch))
 
-        made = cache("reference", of, 1, torch.float32)
-        if not made:
-            return compute
-        made.fill(compute, device, rows_at_once, f"{task} reference cache")
-        return lambda batch: made.read(batch).squeeze(1)
+        cache = self.cache("reference", target[1] + reference[1], 1, torch.float32)
+        if not cache:
+            return selective_distillation(teacher, reference_kl, self.args.k)
+        cache.fill(reference_kl, self.device, self.rows_at_once(), f"{self.task} reference cache")
+        return selective_distillation(teacher, lambda batch: cache.read(batch).squeeze(1), self.args.k)
 
-    if scratch:
-        whole = [example._replace(prompt_length=0) for example in examples]  # loss on prompts too: a language model
-        (base_target, target_mark), (base_draft, draft_mark) = (
-            fit(
-                f"base-{role}",
-                sizes,
-                lambda sizes=sizes: scratch_model(sizes, tokenizer, seed),
-                lambda: cross_entropy,
-                on=whole,
-                **SCRATCH,
-            )
-            for role, sizes in (("target", pair.target), ("draft", pair.draft))
-        )
-    else:
-        target_mark, draft_mark = identity(base_target), identity(base_draft)
+    def rows_at_once(self) -> int:
+        return self.args.micro_batch or self.plan["batch_size"]
 
-    target, (target_epochs, reference_epochs, draft_epochs) = base_target, plan["epochs"]
-    if target_epochs:
-        target_lr = args.target_lr or pair.target_lr
-        target, target_mark = fit(
-            "target", target_mark, trainable(base_target), lambda: cross_entropy, target_lr, target_epochs
-        )
+    def bases(self):
+        """Target and draft before any stage, each as (path, fingerprint): pretrained ones, or made here."""
+        if not self.scratch:
+            return [(name, identity(name)) for name in self.names]
+        whole = [example._replace(prompt_length=0) for example in self.examples]  # loss on prompts too: a language model
+        made = []
+        for role, sizes in (("target", self.pair.target), ("draft", self.pair.draft)):
+            make = functools.partial(scratch_model, sizes, self.tokenizer, self.seed)
+            made.append(self.fit(f"base-{role}", sizes, make, lambda: cross_entropy, examples=whole, **SCRATCH))
+        return made
 
-    def distil(epochs):  # reference and DistillSpec draft are one recipe, run once where their epochs are the same
-        start = (f"distilled-{epochs}-epochs", draft_mark, trainable(base_draft))
-        return fit(*start, lambda: distillation(teacher()), plan["lr"], epochs, target=target_mark)
+    def run(self) -> list[dict]:
+        """All stages that are not done yet, and the evaluation; returns the cell's rows of the table."""
+        args, lr, (target_epochs, reference_epochs, draft_epochs) = self.args, self.plan["lr"], self.plan["epochs"]
+        target, (draft, draft_mark) = self.bases()
+        if target_epochs:
+            path, mark = target
+            target_lr = args.target_lr or self.pair.target_lr
+            target = self.fit("target", mark, lambda: self.load(path), lambda: cross_entropy, target_lr, target_epochs)
 
-    drafts = {"base": (base_draft, draft_mark)}
-    if "distillspec" in args.methods:
-        drafts["DistillSpec"] = distil(draft_epochs)
-    if "adaspec" in args.methods:
-        reference, reference_mark = distil(reference_epochs)
+        def student():
+            return self.load(draft)
 
-        def stage_2():
-            asked = teacher()
-            marks = target_mark + reference_mark
-            return selective_distillation(asked, reference_kl(asked, reference, marks), args.k)
+        def distil(epochs):  # reference and DistillSpec draft are one recipe, run once where their epochs are the same
+            name, objective = f"distilled-{epochs}-epochs", lambda: distillation(self.teacher(target))
+            return self.fit(name, draft_mark, student, objective, lr, epochs, target=target[1])
 
-        more = {"target": target_mark, "reference": reference_mark, "k": args.k, "micro_batch": args.micro_batch}
-        drafts["AdaSPEC"] = fit("adaspec", draft_mark, trainable(base_draft), stage_2, plan["lr"], draft_epochs, **more)
+        drafts = {"base": (draft, draft_mark)}
+        if "distillspec" in args.methods:
+            drafts["DistillSpec"] = distil(draft_epochs)
+        if "adaspec" in args.methods:
+            reference = distil(reference_epochs)
+            made_of = {"target": target[1], "reference": reference[1], "k": args.k, "micro_batch": args.micro_batch}
+            objective = functools.partial(self.selection, target, reference)
+            drafts["AdaSPEC"] = self.fit("adaspec", draft_mark, student, objective, lr, draft_epochs, **made_of)
+        rows = self.evaluation(target, drafts)
+        if train.rank() == 0:
+            for kind in ("target", "reference"):
+                shutil.rmtree(self.folder / f"cache-{kind}", ignore_errors=True)
+        return rows
 
-    flags = ("gamma", "max_new_tokens", "max_length", "dtype", "eval_batch", "timed_prompts")
-    protocol = {"pair": pair_name, "task": task, "seed": seed, "split": "test", "prompts": len(test)}
-    protocol |= {flag: getattr(args, flag) for flag in flags}
-    models = {"target": target_mark, **{name: mark for name, (_, mark) in drafts.items()}}
-    mark, note = fingerprint(protocol | models | {"test": data.digest(test)}), folder / "evaluation.json"
-    saved = train.agreed(json.loads(note.read_text()) if note.is_file() else {})
-    if saved.get("fingerprint") == mark:
-        return saved["rows"]
-    loaded = {name: load_model(path, device, frozen_dtype) for name, (path, _) in drafts.items()}
-    rows = evaluate(load_model(target, device, frozen_dtype), loaded, test, tokenizer, args, seed, f"{task} evaluation")
-    rows = train.agreed([protocol | row for row in rows])  # rank 0's have the timings
-    if train.rank() == 0:
-        note.write_text(json.dumps({"fingerprint": mark, "versions": versions(), "rows": rows}, indent=1))
-        for kind in ("target", "reference"):
-            shutil.rmtree(folder / f"cache-{kind}", ignore_errors=True)
-    return rows
+    def evaluation(self, target, drafts: dict) -> list[dict]:
+        """The last stage: the drafts' rows of the table, from `evaluation.json` where nothing has changed."""
+        flags = ("gamma", "max_new_tokens", "max_length", "dtype", "eval_batch", "timed_prompts")
+        protocol = {"pair": self.pair_name, "task": self.task, "seed": self.seed, "split": "test", "prompts": len(self.test)}
+        protocol |= {flag: getattr(self.args, flag) for flag in flags}
+        marks = {"target": target[1], "test": data.digest(self.test), **{name: mark for name, (_, mark) in drafts.items()}}
+        mark, note = fingerprint(protocol | marks), self.folder / "evaluation.json"
+        saved = train.agreed(json.loads(note.read_text()) if note.is_file() else {})
+        if saved.get("fingerprint") == mark:
+            return saved["rows"]
+        models = {name: self.load(path, self.dtype) for name, (path, _) in drafts.items()}
+        label = f"{self.task} evaluation"
+        rows = evaluate(self.load(target[0], self.dtype), models, self.test, self.tokenizer, self.args, self.seed, label)
+        rows = train.agreed([protocol | row for row in rows])  # rank 0's have the timings
+        if train.rank() == 0:
+            note.write_text(json.dumps({"fingerprint": mark, "versions": versions(), "rows": rows}, indent=1))
+        return rows
 
 
 # Evaluation
@@ -512,7 +520,7 @@ def main(argv=None) -> None:
     for pair in args.pairs:
         for task in args.tasks:
             for seed in args.seeds:
-                rows += run_cell(task, pair, seed, args, device)
+                rows += Cell(pair, task, seed, args, device).run()
     protocol = (
         f"Protocol: first {args.eval_prompts} rows of test (speed-up: first {args.timed_prompts}, one by one), "
         f"gamma {args.gamma}, max_new_tokens {args.max_new_tokens}, {args.dtype}, seeds {args.seeds}, "

@@ -547,6 +547,14 @@ def _load(name, dtype, device):
         raise ValueError(f"cannot load a causal language model from {name}: {str(error).splitlines()[0]}") from error
 
 
+def check_tokenizers(target_tokenizer, draft_tokenizer) -> None:
+    """ValueError naming the first token that differs: a draft's token ids must mean the same to the target."""
+    both = [each.convert_ids_to_tokens(list(range(len(each)))) for each in (target_tokenizer, draft_tokenizer)]
+    for index, (a, b) in enumerate(itertools.zip_longest(*both)):
+        if a != b:
+            raise ValueError(f"the tokenizers differ: token {index} is {a!r} in the target's, {b!r} in the draft's")
+
+
 def _read_prompts(args):
     if args.prompt is not None:
         return [args.prompt]
@@ -575,10 +583,7 @@ def _decode_prompts(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
     (target, tokenizer), (draft, other) = (_load(name, dtype, device) for name in (args.target, args.draft))
-    vocabularies = [each.convert_ids_to_tokens(list(range(len(each)))) for each in (tokenizer, other)]
-    for index, (a, b) in enumerate(itertools.zip_longest(*vocabularies)):
-        if a != b:
-            raise ValueError(f"the tokenizers differ: token {index} is {a!r} in the target's, {b!r} in the draft's")
+    check_tokenizers(tokenizer, other)
     inputs = [torch.tensor([tokenizer(prompt).input_ids], dtype=torch.long, device=device) for prompt in prompts]
     for ids in inputs:
         _check_prompt((target, draft), ids, None, args.max_new_tokens)

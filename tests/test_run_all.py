@@ -137,7 +137,7 @@ def test_tokenizers_that_differ_are_refused_by_the_first_token(tmp_path, tokeniz
     save_pair(tmp_path / "models", tokenizer, make_model, draft_tokenizer=other)
     write_rows(tmp_path / "rows", "gsm8k")
     where = ["--models-dir", str(tmp_path / "models"), "--data-dir", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match=r"tokenizers differ: token 257 is .* in .*pythia-1\.4b"):
+    with pytest.raises(ValueError, match=r"tokenizers differ: token 257 is "):
         run_all.main([*FEW, *where, "--pairs", "pythia", "--tasks", "gsm8k"])
 
 
