@@ -1,6 +1,10 @@
 """The loop: its gradient is the whole batch's, however it is split; what is not finite stops it; autocast types work."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from adaspec import adaspec_loss
 from data import batches, collate
 from distillspec import DIVERGENCES
 from run_all import cross_entropy, distillation, divergence_from, selective_distillation
+
+ROOT = Path(train.__file__).parent
 
 
 def weights(model):
@@ -269,6 +275,18 @@ def test_cache_is_reused_only_if_whole_and_of_the_same_making(examples, tmp_path
         fill("c")
     limit = 10**9
     assert [fill("c"), fill("b")] == [60, 60], "an interrupted cache is not trusted, and leaves none of the one before"
+
+
+def test_two_ranks_share_one_cache_and_a_sharded_target_gives_the_same(make_model, tmp_path):
+    make_model(num_hidden_layers=6).save_pretrained(tmp_path / "model")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*launcher, str(ROOT / "tests" / "ranks.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, sharded = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "sharded"))
+    assert torch.equal(whole, sharded) and len(whole) > 500 and whole.abs().sum(1).min() > 0
+    assert [path.name for path in sorted((tmp_path / "whole").iterdir())] == ["0.bin", "1.bin", "cache.json"]
 
 
 def test_seed_decides_everything(make_model, examples):
