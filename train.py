@@ -365,7 +365,7 @@ def train(
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in weights if p.ndim >= 2], "weight_decay": weight_decay}]
     groups += [{"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
     order = [(epoch, rows) for epoch in range(epochs) for rows in batches(lengths, batch_size, seed, epoch)][:max_steps]
@@ -389,8 +389,9 @@ def train(
             dist.all_reduce(sums)
         scaler.unscale_(optimizer)
         factor = (world_size() / (scale * sums[1].clamp_min(1))).float()  # DDP has averaged over ranks: undo that
-        torch._foreach_mul_([p.grad for p in weights if p.grad is not None], factor)
-        norm = nn.utils.clip_grad_norm_(weights, clip)
+        grads = [p.grad for p in weights if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads) * factor
+        torch._foreach_mul_(grads, factor * (clip / (norm + 1e-6)).clamp_max(1.0))  # the division and the clipping at once
         total, count, norm = torch.stack([*sums, norm.double()]).tolist()  # the step's one wait for the device
         if not math.isfinite(total) or not (math.isfinite(norm) or scaler.is_enabled()):
             what = "loss" if not math.isfinite(total) else "gradient norm"

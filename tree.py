@@ -9,9 +9,9 @@ they are not: look at seconds per token, not at tau alone.
     python tree.py --target DIR_OR_HUB_ID --draft DIR_OR_HUB_ID  # target alone, chain and tree on the same prompts
 
 Apart from speculative.py because of the mask: a node must see the text and its own ancestors only, and the one way to say so
-that models share is a 4-D additive attention_mask with position_ids. GPT-NeoX, Llama, Phi and CodeGen take it, as do all models
-of transformers with rotary or learned positions, with eager and sdpa attention. Flash and flex attention do not, nor do
-models whose positions are not an argument (ALiBi: Bloom, MPT): these are refused.
+that models share is a 4-D additive attention_mask with position_ids. GPT-NeoX, Llama, Phi (eager and sdpa) and CodeGen (it has
+eager) take it; GPT-2, OPT, GPT-J, Falcon, Mistral, Qwen3, Phi-3, OLMo, Cohere and Granite did when tried. Flash and flex
+attention do not, nor do models without position_ids (ALiBi: Bloom, MPT, some Falcons): these are refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from speculative import SpeculativeOutput, Stats, _check_arguments, _check_promp
 
 
 class _TreeLane(_Lane):
-    """A model and its cache of one row: slots hold a prefix of the text, and after it the nodes of the round, level by level."""
+    """A model and its cache of one row: slots hold a prefix of the text, then the round's nodes, level by level."""
 
     def __init__(self, model, input_ids, vocab_size):
         super().__init__(model, input_ids, None, vocab_size, None)
@@ -107,7 +107,7 @@ def tree_generate(
     Temperature 0: a node's children are the draft's likeliest tokens, and the path follows the target's argmax. Above 0:
     children are drawn without replacement and judged in turn, which leaves the target's distribution (Recursive Speculative
     Decoding, Jeon et al. 2024). A round costs len(branching) draft calls and one target call of at most
-    1 + b0 + b0 b1 + ... positions, and above 0 a wait for the device per child judged.
+    1 + b0 + b0 b1 + ... positions, and waits for the device at every draft call and at every node or child that is judged.
 
     Stats count levels of the tree, not nodes, so that a branching of all ones counts as `speculative_generate` does:
     drafted = levels the row could use, accepted = tokens along the path, rejected = levels where every child failed (one a
@@ -129,10 +129,10 @@ def tree_generate(
     vocab_size = speculative._shared_vocabulary((target, draft), vocab_size)
     ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     sampling, text, stats = (temperature, top_k, top_p), input_ids[0].tolist(), Stats()
-    limit, new = len(text) + max_new_tokens, []
+    limit = len(text) + max_new_tokens
     lanes = target_lane, draft_lane = [_TreeLane(model, input_ids, vocab_size) for model in (target, draft)]
     with _inference(target, draft):
-        while len(text) < limit and not (new and new[-1] in ends):
+        while True:
             n, depth = len(text), min(len(branching), limit - len(text) - 1)  # a round's last token is the target's own
             tokens, kids, q = text[-1:], [[]], []  # by node, level by level; node 0 is the last token of the text
             parents, level, seen = [0], text[draft_lane.cache.get_seq_length() :], [draft_lane.causal(n)]
@@ -163,10 +163,12 @@ def tree_generate(
                 new.append(token)
                 node = None if child is None else kids[node][child]
                 path += [] if node is None else [n - 1 + node]  # its slot
-            end = next((i for i, token in enumerate(new) if token in ends), len(new) - 1)
-            new = new[: end + 1]
+            end = next((i for i, token in enumerate(new) if token in ends), None)
+            new = new if end is None else new[: end + 1]
             text += new
             stats._record(depth, len(path), new)
+            if end is not None or len(text) == limit:
+                break
             for lane in lanes:
                 lane.rollback(n, path)
     stats.check()
@@ -205,6 +207,9 @@ def compare(target, draft, prompts, *, branching, gamma, max_new_tokens, seed=0,
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Compare from the command line; 0, or 2 after one line on stderr for what the user can mend."""
+    import transformers
+
     parser = argparse.ArgumentParser(prog="tree.py", description="Tokens per target call: chain against tree.")
     parser.add_argument("--target", required=True, help="folder or Hub id of the target")
     parser.add_argument("--draft", required=True, help="folder or Hub id of the draft")
@@ -217,29 +222,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
-        branching = [int(b) for b in args.branching.split(",")]
+        branching = [int(b) if b.isdigit() else 0 for b in args.branching.split(",")]
+        gamma = len(branching) if args.gamma is None else args.gamma
+        _check_arguments(gamma=gamma, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+        if args.limit < 1:
+            raise ValueError(f"limit must be at least 1, got {args.limit}")
         if args.prompts:
-            args.prompt, texts = None, speculative._read_prompts(argparse.Namespace(prompt=None, prompts=args.prompts))
+            texts = speculative._read_prompts(argparse.Namespace(prompt=None, prompts=args.prompts))
         else:
             import data
 
             texts = [data.TASKS["arithmetic"].prompt(row) for row in data.load_rows("arithmetic", "test")]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = [speculative._load(name, torch.float32, device) for name in (args.target, args.draft)]
-        (target, tokenizer), (draft, other) = loaded
+        models = [speculative._load(name, torch.float32, device) for name in (args.target, args.draft)]
+        (target, tokenizer), (draft, other) = models
         speculative.check_tokenizers(tokenizer, other)
+        eos = target.generation_config.eos_token_id
         prompts = [torch.tensor([tokenizer(text).input_ids], dtype=torch.long, device=device) for text in texts[: args.limit]]
-        found = compare(target, draft, prompts, branching=branching, gamma=args.gamma or len(branching), seed=args.seed,
+        found = compare(target, draft, prompts, branching=branching, gamma=gamma, seed=args.seed,
                         max_new_tokens=args.max_new_tokens, temperature=args.temperature, vocab_size=len(tokenizer),
-                        eos_token_id=target.generation_config.eos_token_id or tokenizer.eos_token_id)  # fmt: skip
+                        eos_token_id=tokenizer.eos_token_id if eos is None else eos)  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"tree.py: error: {error}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps({**vars(args), "device": str(device), "ways": found}))
         return 0
-    print(f"{len(prompts)} prompts, temperature {args.temperature}, {args.max_new_tokens} new tokens at most, float32, {device}")
+    most = f"{args.max_new_tokens} new tokens at most"
+    print(f"{len(prompts)} prompts, temperature {args.temperature}, {most}, float32, {device}")
     for way, row in found.items():
         line = f"{way:16} tau {row['tau']:.2f} ({row['tau_interval'][0]:.2f}-{row['tau_interval'][1]:.2f} over prompts)"
         print(f"{line}, {row['positions']:2} positions a target call, {1000 * row['seconds_per_token']:.2f} ms a token")
