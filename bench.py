@@ -10,17 +10,20 @@ formed within each round of turns, and reported as the median over rounds with t
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import shlex
 import statistics
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import transformers
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import data
 import speculative
@@ -28,7 +31,18 @@ from run_all import clock, versions
 from speculative import Stats, autoregressive_generate, expected_acceptance, simulate_rounds, speculative_generate
 
 GAMMAS = range(1, 11)  # what the recommendation chooses from
-ALLOWED = 0.10  # how far the predicted speed-up may be from the measured one
+RATIOS = {  # name -> the contestants, whose seconds are divided, and what the ratio says
+    "speculative_vs_assisted": ("assisted", "speculative", "speculative / transformers' assisted generation, one by one"),
+    "batch_vs_assisted": ("assisted", "speculative batch", "speculative, as a batch / assisted generation, one by one"),
+    "autoregressive_vs_generate": (
+        "generate",
+        "autoregressive",
+        "autoregressive_generate / transformers' generate, one by one",
+    ),
+    "batch_autoregressive_vs_generate": ("generate batch", "autoregressive batch", "the same, as a batch"),
+    "speculative_vs_autoregressive": ("autoregressive", "speculative", "speculative / autoregressive_generate, one by one"),
+    "batch_speculative_vs_autoregressive": ("autoregressive batch", "speculative batch", "the same, as a batch"),
+}
 
 
 # What the subcommands share
@@ -37,7 +51,11 @@ ALLOWED = 0.10  # how far the predicted speed-up may be from the measured one
 def machine() -> dict:
     """What a timing depends on: processor, threads, versions."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.is_file()
+        else []
+    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     cpu = names[0] if names else platform.processor()
     return {"cpu": cpu, "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, **versions()}
@@ -48,23 +66,8 @@ def spread(values) -> dict:
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "rounds": list(values)}
 
 
-def show(name: str, ratio: dict) -> None:
-    print(f"{name:<62} {ratio['median']:6.3f}x  ({ratio['low']:.3f} to {ratio['high']:.3f})", flush=True)
-
-
-def take_turns(contestants: dict, device, turn: int) -> tuple[dict, dict]:
-    """Call every contestant once, beginning with number `turn`; name -> seconds, name -> result."""
-    seconds, results, names = {}, {}, list(contestants)
-    first = turn % len(names)
-    for name in names[first:] + names[:first]:
-        start = clock(device)
-        results[name] = contestants[name]()
-        seconds[name] = clock(device) - start
-    return seconds, results
-
-
 class Forwards:
-    """How often a model's forward ran and how long that took, while `counted(...)` is open."""
+    """How often a model's forward ran, and the seconds it took."""
 
     def __init__(self):
         self.calls, self.seconds = 0, 0.0
@@ -121,8 +124,6 @@ def drop_layers(model, first: int, last: int):
 
 
 def drop_layers_command(args) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     source, out = Path(args.target), Path(args.out)
     if not source.is_dir():
         raise ValueError(f"no such folder: {source}")
@@ -133,7 +134,8 @@ def drop_layers_command(args) -> None:
     drop_layers(model, args.first, args.last).save_pretrained(out)
     if any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
         AutoTokenizer.from_pretrained(source).save_pretrained(out)
-    print(f"{out}: {model.config.num_hidden_layers} of {before[0]} layers, {model.num_parameters() / before[1]:.0%} of the parameters")
+    share = model.num_parameters() / before[1]
+    print(f"{out}: {model.config.num_hidden_layers} of {before[0]} layers, {share:.0%} of the parameters")
 
 
 # decode
@@ -152,262 +154,284 @@ def recommend(predictions: dict[int, float]) -> int:
     return max(sorted(predictions), key=predictions.get)
 
 
-class Marks:
-    """on_tokens that notes when a round ended and how many tokens there were: [(seconds, tokens), ...]."""
+class Turn:
+    """One contestant's turn: decode, with clocks around the forwards where `watched`. Turns of several prompts add up.
 
-    def __init__(self, device):
-        self.device, self.marks = device, []
-
-    def __call__(self, row, tokens, accepted):
-        self.marks.append((clock(self.device), (self.marks[-1][1] if self.marks else 0) + len(tokens)))
-
-    def steady(self, limit: int, gamma: int) -> tuple[float, int, int]:
-        """(seconds, tokens, rounds) of the rounds after the first, which has the prompt in it, that could use gamma drafts."""
-        full = [i for i in range(1, len(self.marks)) if self.marks[i - 1][1] + gamma + 1 <= limit]
-        if not full:
-            return 0.0, 0, 0
-        (start, before), (end, after) = self.marks[0], self.marks[full[-1]]
-        return end - start, after - before, len(full)
-
-
-def decode_prompts(args, tokenizer) -> tuple[list[str], str]:
-    """The prompts and, in words, where they come from."""
-    if args.prompts:
-        texts = speculative._read_prompts(SimpleNamespace(prompt=None, prompts=args.prompts))
-        return texts[: args.batch], f"{args.prompts}, the first {args.batch}"
-    task = "gsm8k" if args.data_dir else "arithmetic"
-    rows = data.load_rows(task, "test", args.data_dir, args.batch)
-    return [data.TASKS[task].prompt(row) for row in rows], f"{task} test, the first {args.batch} rows"
-
-
-def step_seconds(target, draft, tokens, gammas, repeats: int) -> tuple[list, list, dict]:
-    """Forwards timed one at a time, with `tokens` [1, L] in the caches: lists of seconds.
-
-    Returns (target steps, draft steps, {gamma: target scoring gamma + 1 positions}); the draft steps come in fives, as in decoding.
+    Notes when each round ended (as on_tokens), to tell the steady state from the first round, which has the prompt in it.
     """
-    lanes = [speculative._Lane(model, tokens, None, model.config.vocab_size, 0) for model in (target, draft)]
-    target_lane, draft_lane = lanes
-    length = tokens.shape[1]
-    steps, draft_steps, scores = [], [], {gamma: [] for gamma in gammas}
 
-    def timed(lane, forwards, n, into):
-        before = forwards.seconds
-        lane.forward(tokens[:, :n] if n <= length else tokens[:, :1].expand(1, n), keep=n)
-        into.append(forwards.seconds - before)
+    def __init__(self, contestant, pair, device, watched: bool, limit: int, gamma: int):
+        with counted(*pair) if watched else nullcontext([Forwards(), Forwards()]) as self.forwards:
+            self.device, self.marks = device, []
+            start = clock(device)
+            output = contestant(self.note)
+            self.seconds = clock(device) - start
+        self.output, self.stats = getattr(output, "sequences", output), getattr(output, "stats", None)
+        self.calls = [each.calls for each in self.forwards]
+        self.inside = sum(each.seconds for each in self.forwards)
+        # The steady state: rounds after the first that could use all gamma drafts.
+        self.steady, full = dict.fromkeys(("seconds", "inside", "tokens", "rounds"), 0), 0
+        for number in range(1, len(self.marks)):
+            full = number if self.marks[number - 1]["tokens"] + gamma + 1 <= limit else full
+        if full:
+            self.steady = {key: value - self.marks[0][key] for key, value in self.marks[full].items()}
 
-    with speculative._inference(target, draft), counted(target, draft) as (on_target, on_draft):
-        for lane in lanes:
-            lane.forward(tokens)
-        for _ in range(repeats):
-            for gamma in scores:
-                timed(target_lane, on_target, gamma + 1, scores[gamma])
-                target_lane.rollback([length])
-            for _ in range(5):
-                timed(target_lane, on_target, 1, steps)
-                timed(draft_lane, on_draft, 1, draft_steps)
-            for lane in lanes:
+    def note(self, row, tokens, accepted):
+        last = self.marks[-1] if self.marks else {"tokens": 0, "rounds": 0}
+        mark = {"seconds": clock(self.device), "inside": sum(each.seconds for each in self.forwards)}
+        self.marks.append(mark | {"tokens": last["tokens"] + len(tokens), "rounds": last["rounds"] + 1})
+
+
+def total(turns: list[Turn]) -> dict:
+    """The turns of one contestant in one round, summed."""
+    summed = {"seconds": sum(turn.seconds for turn in turns), "inside": sum(turn.inside for turn in turns)}
+    summed["target_calls"], summed["draft_calls"] = (sum(turn.calls[i] for turn in turns) for i in range(2))
+    return summed | {"steady": {key: sum(turn.steady[key] for turn in turns) for key in turns[0].steady}}
+
+
+def decode_prompts(args, tokenizer, device) -> tuple[list, str]:
+    """The first --batch prompts, token ids [1, T] each, and where they come from, in words."""
+    if args.prompts:
+        texts, source = speculative._read_prompts(SimpleNamespace(prompt=None, prompts=args.prompts)), args.prompts
+    else:
+        task = "gsm8k" if args.data_dir else "arithmetic"
+        texts = [data.TASKS[task].prompt(row) for row in data.load_rows(task, "test", args.data_dir, args.batch)]
+        source = f"{task} test"
+    if args.chat:
+        if not tokenizer.chat_template:
+            raise ValueError(f"--chat: the tokenizer of {args.target} has no chat template")
+        texts = [[{"role": "user", "content": text}] for text in texts]
+        texts = [tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=False) for text in texts]
+        source += ", chat template"
+    tokens = [tokenizer(text, add_special_tokens=not args.chat).input_ids for text in texts[: args.batch]]
+    return [torch.tensor([ids], dtype=torch.long, device=device) for ids in tokens], source
+
+
+class Steps:
+    """Seconds of single forwards: target steps, draft steps, and the target scoring gamma + 1 positions, by gamma."""
+
+    def __init__(self):
+        self.target, self.draft, self.scoring = [], [], {}
+
+    def measure(self, pair, text, length: int, gammas, repeats: int) -> None:
+        """Add measurements with about `length` of the tokens text [1, T] in the caches."""
+        context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in pair)
+        length = max(1, min(length, text.shape[1], context - max(gammas) - 1))
+        target, draft = (speculative._Lane(model, text, None, model.config.vocab_size, 0) for model in pair)
+        block = text[:, :1].expand(1, max(gammas) + 1)  # which tokens they are costs nothing
+        with speculative._inference(*pair), counted(*pair) as (target.clock, draft.clock):
+            for lane in (target, draft):
+                lane.length = [0]
+                lane.forward(text[:, :length])
+
+            def seconds(lane, n):
+                before = lane.clock.seconds
+                lane.forward(block[:, :n], keep=n)
+                spent = lane.clock.seconds - before
                 lane.rollback([length])
-    return steps, draft_steps, scores
+                return spent
+
+            for _ in range(repeats):
+                for gamma in gammas:
+                    self.scoring.setdefault(gamma, []).append(seconds(target, gamma + 1))
+                    self.draft.append(seconds(draft, 1))
+                    self.target.append(seconds(target, 1))
 
 
 def decode_command(args) -> None:
     result = decode(args)
+    report(result)
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
+def response(row, ends: list[int]) -> list[int]:
+    """New tokens up to the first end token."""
+    row = row.tolist()
+    return row[: min([i + 1 for i, token in enumerate(row) if token in ends], default=len(row))]
+
+
 def decode(args) -> dict:
     """Speculative decoding against transformers' and against the target alone, its overhead, and the cost model."""
-    import transformers
-    from transformers import GenerationConfig
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    speculative._check_arguments(gamma=args.gamma, max_new_tokens=args.max_new_tokens)
-    for flag in ("batch", "rounds"):
+    for flag in ("gamma", "max_new_tokens", "batch", "rounds", "repeats"):
         if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (target, tokenizer), (draft, other) = (speculative._load(name, torch.float32, device) for name in (args.target, args.draft))
     speculative.check_tokenizers(tokenizer, other)
-    texts, source = decode_prompts(args, tokenizer)
-    prompts = [torch.tensor([tokenizer(text).input_ids], dtype=torch.long, device=device) for text in texts]
+    pair, limit, gamma = (target, draft), args.max_new_tokens, args.gamma
+    prompts, source = decode_prompts(args, tokenizer, device)
     for ids in prompts:
-        speculative._check_prompt((target, draft), ids, None, args.max_new_tokens)
+        speculative._check_prompt(pair, ids, None, limit)
     width = max(ids.shape[1] for ids in prompts)
     padded = torch.cat([F.pad(ids, (width - ids.shape[1], 0)) for ids in prompts])
     mask = torch.cat([F.pad(torch.ones_like(ids), (width - ids.shape[1], 0)) for ids in prompts])
     end = target.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
-    pad = end[0] if isinstance(end, list) else end or 0
-    limit, gamma = args.max_new_tokens, args.gamma
-    ours = {"max_new_tokens": limit, "eos_token_id": end, "pad_token_id": pad}
+    ends = [] if end is None else end if isinstance(end, list) else [end]
+    ours = {"max_new_tokens": limit, "eos_token_id": ends}
 
-    # transformers: plain greedy, and gamma drafts a round whatever happens
-    target.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    # transformers: plain greedy decoding, and gamma drafts a round whatever happens.
+    plain = {"eos_token_id": ends or None, "pad_token_id": ends[0] if ends else 0, "max_new_tokens": limit, "do_sample": False}
+    target.generation_config = GenerationConfig(**plain)
     draft.generation_config = GenerationConfig(
-        eos_token_id=end, pad_token_id=pad, num_assistant_tokens=gamma, num_assistant_tokens_schedule="constant",
-        assistant_confidence_threshold=0.0,
-    )  # fmt: skip
+        **plain, num_assistant_tokens=gamma, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+    )
 
-    def theirs(ids, attention_mask, assistant=None):
-        return target.generate(
-            ids, attention_mask=attention_mask, assistant_model=assistant, max_new_tokens=limit, do_sample=False
-        )
+    def contestants(ids, mask):
+        """Name -> f(on_tokens): all four ways to decode one prompt, or the three that can decode a batch."""
+        called = {
+            "speculative": lambda note: speculative_generate(target, draft, ids, mask, gamma=gamma, on_tokens=note, **ours),
+            "assisted": lambda note: target.generate(ids, attention_mask=mask, assistant_model=draft),
+            "autoregressive": lambda note: autoregressive_generate(target, ids, mask, on_tokens=note, **ours),
+            "generate": lambda note: target.generate(ids, attention_mask=mask),
+        }
+        return called if len(ids) == 1 else {f"{name} batch": f for name, f in called.items() if name != "assisted"}
 
-    def alone(ids):
+    def take_turns(ids, mask, turn, watched):
+        called = list(contestants(ids, mask).items())
+        first = turn % len(called)
         return {
-            "speculative": lambda: speculative_generate(target, draft, ids, gamma=gamma, on_tokens=marks["speculative"], **ours),
-            "assisted": lambda: theirs(ids, torch.ones_like(ids), draft),
-            "autoregressive": lambda: autoregressive_generate(target, ids, on_tokens=marks["autoregressive"], **ours),
-            "generate": lambda: theirs(ids, torch.ones_like(ids)),
+            name: Turn(f, pair, device, watched, limit, gamma if "speculative" in name else 0)
+            for name, f in called[first:] + called[:first]
         }
 
-    together = {
-        "speculative batch": lambda: speculative_generate(target, draft, padded, mask, gamma=gamma, **ours),
-        "autoregressive batch": lambda: autoregressive_generate(target, padded, mask, **ours),
-        "generate batch": lambda: theirs(padded, mask),
+    def one_round(number, watched):
+        """Every contestant on every prompt, then on all at once: name -> its turns. All must write the same tokens."""
+        turns = [take_turns(ids, torch.ones_like(ids), number + turn, watched) for turn, ids in enumerate(prompts)]
+        found = {name: [each[name] for each in turns] for name in turns[0]}
+        if len(prompts) > 1:
+            found |= {name: [turn] for name, turn in take_turns(padded, mask, number, watched).items()}
+        texts = {
+            name: [response(row[ids.shape[1] :], ends) for turn, ids in zip(each, prompts, strict=True) for row in turn.output]
+            if len(each) == len(prompts)
+            else [response(row[width:], ends) for row in each[0].output]
+            for name, each in found.items()
+        }
+        for name, rows in texts.items():
+            for row, (a, b) in enumerate(zip(rows, texts["generate"], strict=True)):
+                if a != b:
+                    raise ValueError(f"{name} and transformers' generate differ in prompt {row}: nothing to compare")
+        return found, texts["generate"]
+
+    take_turns(prompts[0], torch.ones_like(prompts[0]), 0, False)  # warm up
+    on_gpu = device.type == "cuda"  # there the clocks get a round of their own, since they slow decoding down
+    rounds, steps, written = [], Steps(), None
+    for number in range(args.rounds + on_gpu):
+        watched = not on_gpu or number == args.rounds
+        found, written = one_round(number, watched)
+        rounds.append({name: total(turns) for name, turns in found.items()})
+        stats = sum((turn.stats for turn in found["speculative"]), Stats())
+        if watched:
+            text = [torch.cat([ids[0], ids.new_tensor(new)]) for ids, new in zip(prompts, written, strict=True)]
+            steps.measure(pair, max(text, key=len)[None], sum(map(len, text)) // len(text), {*GAMMAS, gamma}, args.repeats)
+    clocked, timed = rounds[-1:] if on_gpu else rounds, rounds[: args.rounds]
+
+    mine, theirs = clocked[0]["speculative"], clocked[0]["assisted"]
+    fewest = mine["draft_calls"] - gamma * len(prompts)  # transformers' draft stops at an end token
+    if theirs["target_calls"] != mine["target_calls"] or not fewest <= theirs["draft_calls"] <= mine["draft_calls"]:
+        raise ValueError(f"transformers does not draft {gamma} tokens a round: {theirs} against {mine}")
+
+    lengths = [len(new) for new in written]
+    ratios = {
+        name: spread([each[top]["seconds"] / each[bottom]["seconds"] for each in timed])
+        for name, (top, bottom, _) in RATIOS.items()
+        if bottom in timed[0]
     }
-
-    def tokens(output, start: int) -> list[int]:
-        """The new tokens of one row, up to the first end token."""
-        row = output[start:].tolist()
-        ends = [i for i, token in enumerate(row) if token in (end if isinstance(end, list) else [end])]
-        return row[: ends[0] + 1] if ends else row
-
-    seconds, steady, stats, written, texts_of = [], {"speculative": [], "autoregressive": []}, [], [], None
-    measured_steps = [], [], {n: [] for n in sorted({*GAMMAS, gamma})}
-    lengths = [ids.shape[1] for ids in prompts]
-    context = min(getattr(model.config, "max_position_embeddings", 2**20) for model in (target, draft))
-    for number in range(args.rounds + 1):  # the first is the warm-up, in which the tokens are compared
-        total, found = dict.fromkeys([*alone(prompts[0]), *together], 0.0), {name: [0.0, 0, 0] for name in steady}
-        texts_of = {name: [] for name in total}
-        for turn, ids in enumerate(prompts):
-            marks = {name: Marks(device) for name in steady}
-            spent, outputs = take_turns(alone(ids), device, number + turn)
-            for name, output in outputs.items():
-                total[name] += spent[name]
-                texts_of[name].append(tokens(getattr(output, "sequences", output)[0], ids.shape[1]))
-            stats += [outputs["speculative"].stats] if number == 0 else []
-            for name, drafts in (("speculative", gamma), ("autoregressive", 0)):
-                found[name] = [a + b for a, b in zip(found[name], marks[name].steady(limit, drafts), strict=True)]
-        spent, outputs = take_turns(together, device, number)
-        total |= spent
-        for name, output in outputs.items():
-            texts_of[name] = [tokens(row, width) for row in getattr(output, "sequences", output)]
-        for name, texts in texts_of.items():
-            if texts != texts_of["autoregressive"]:
-                row = next(i for i, pair in enumerate(zip(texts, texts_of["autoregressive"], strict=True)) if pair[0] != pair[1])
-                raise ValueError(f"{name}: other tokens than the target alone for prompt {row}: nothing to compare")
-        written = texts_of["autoregressive"]
-        if number:
-            seconds.append(total)
-            for name, values in found.items():
-                steady[name].append(values)
-            middle = min(statistics.mean(lengths) + statistics.mean(map(len, written)) / 2, context - max(measured_steps[2]) - 6)
-            row = max(range(len(prompts)), key=lambda i: lengths[i] + len(written[i]))
-            history = torch.cat([prompts[row], torch.tensor([written[row]], device=device)], 1)[:, : max(1, int(middle))]
-            new = step_seconds(target, draft, history, measured_steps[2], args.repeats)
-            measured_steps[0].extend(new[0])
-            measured_steps[1].extend(new[1])
-            for n, values in new[2].items():
-                measured_steps[2][n].extend(values)
-
-    stats = sum(stats, Stats())
-    generated = sum(map(len, written))
-    names = {
-        "speculative_vs_assisted": ("assisted", "speculative", "speculative, one by one / transformers' assisted generation"),
-        "batch_vs_assisted": ("assisted", "speculative batch", f"speculative, batch {len(prompts)} / transformers' assisted in turn"),
-        "autoregressive_vs_generate": ("generate", "autoregressive", "autoregressive_generate / transformers' generate"),
-        "autoregressive_batch_vs_generate": ("generate batch", "autoregressive batch", f"the same, batch {len(prompts)}"),
-        "speculative_vs_autoregressive": ("autoregressive", "speculative", "speculative / the target alone, one by one"),
-        "batch_vs_autoregressive_batch": ("autoregressive batch", "speculative batch", f"the same, batch {len(prompts)}"),
-    }
-    ratios = {name: spread([s[top] / s[bottom] for s in seconds]) for name, (top, bottom, _) in names.items()}
-
-    # Once more with clocks around the forwards: what the loops themselves cost, and how many drafts transformers makes.
-    overhead, forwards = {}, {}
-    for name in [*alone(prompts[0]), *together]:
-        with counted(target, draft) as both:
-            wall = clock(device)
-            for ids in prompts[: 1 if name in together else None]:
-                marks = dict.fromkeys(steady)
-                (together if name in together else alone(ids))[name]()
-            wall = clock(device) - wall
-        inside = sum(each.seconds for each in both)
-        calls = {"target_calls": both[0].calls, "draft_calls": both[1].calls}
-        forwards[name] = calls | {"outside_forwards": wall - inside, "seconds": wall}
-        overhead[name] = 1 - inside / wall
-    mine, other = forwards["speculative"], forwards["assisted"]
-    fewest = mine["draft_calls"] - gamma * len(prompts)  # transformers stops drafting at an end token
-    if other["target_calls"] != mine["target_calls"] or not fewest <= other["draft_calls"] <= mine["draft_calls"]:
-        raise ValueError(f"transformers does not draft {gamma} tokens a round: {other} against {mine}")
-
-    # The cost model, in units of a token of the target alone: its forward and its share of the loop.
-    step, draft_step, score = (statistics.median(measured_steps[0]), statistics.median(measured_steps[1]),
-                               {n: statistics.median(values) for n, values in measured_steps[2].items()})  # fmt: skip
-    unit = step + forwards["autoregressive"]["outside_forwards"] / forwards["autoregressive"]["target_calls"]
-    c, v = draft_step / unit, {n: value / unit for n, value in score.items()}
-    o = mine["outside_forwards"] / mine["target_calls"] / unit
-    model = {"unit_seconds": unit, "target_step_seconds": step, "c": c, "v": v[gamma], "o": o}
-    rounds_measured = sum(values[2] for values in steady["speculative"])
-    if rounds_measured and all(values[1] for values in steady["autoregressive"]):
-        tau = sum(values[1] for values in steady["speculative"]) / rounds_measured
-        pairs = zip(steady["speculative"], steady["autoregressive"], strict=True)
-        measured = spread([(spec[1] / spec[0]) / (auto[1] / auto[0]) for spec, auto in pairs])
-        predicted = predicted_speedup(tau, gamma, c, v[gamma], o)
-        model |= {"tau": tau, "predicted": predicted, "measured": measured, "error": predicted / measured["median"] - 1}
-
-    # Acceptance at every token of the target's own text, in one pass, gives tau for any gamma.
-    ratio = []
-    for ids, new in zip(prompts, written, strict=True):
-        text = torch.cat([ids, torch.tensor([new], device=device)], 1)
-        labels = text.clone()
-        labels[:, : ids.shape[1]] = -100
-        ratio.append(expected_acceptance(target, draft, text, labels, temperature=0.0).ratio)
+    cost = cost_model(steps, timed, clocked, gamma)
+    ratio = [acceptance(pair, ids, new) for ids, new in zip(prompts, written, strict=True)]
     sweep = {}
     for n in GAMMAS:
-        simulated = simulate_rounds(torch.cat(ratio), [len(new) for new in written], n, limit)
+        simulated = simulate_rounds(torch.cat(ratio), lengths, n, limit)
         drafts = simulated.stats.drafted / simulated.stats.target_calls  # n, less what the limit cuts off at the end
-        sweep[n] = {"tau": simulated.tau, "drafts": drafts, "v": v[n]}
-        sweep[n]["predicted"] = predicted_speedup(simulated.tau, drafts, c, v[n], o)
-    best = recommend({n: row["predicted"] for n, row in sweep.items()})
-
-    print(f"{len(prompts)} prompts, {generated} tokens, gamma {gamma}: alpha {stats.alpha:.3f}, tau {stats.tau:.2f}; the same tokens from all")
-    for name, (_, _, label) in names.items():
-        show(label, ratios[name])
-    for name in ("speculative", "speculative batch", "autoregressive", "assisted"):
-        print(f"outside model forwards, {name + ':':<38} {overhead[name]:6.1%} of the time")
-    print(f"cost model: c {c:.3f}, v {v[gamma]:.3f}, o {o:.4f}; a token of the target alone takes {unit * 1e3:.2f} ms")
-    if "predicted" in model:
-        print(
-            f"speed-up once the prompt is read: predicted {predicted:.3f}, measured {measured['median']:.3f} "
-            f"({measured['low']:.3f} to {measured['high']:.3f}); error {model['error']:+.1%}, allowed {ALLOWED:.0%}"
-        )
-    else:
-        print("speed-up once the prompt is read: no round is long enough to measure; raise --max-new-tokens")
-    print("gamma      " + "".join(f"{n:>7}" for n in sweep))
-    print("tau        " + "".join(f"{row['tau']:7.2f}" for row in sweep.values()))
-    print("speed-up   " + "".join(f"{row['predicted']:7.2f}" for row in sweep.values()))
-    print(f"recommended gamma: {best}" + ("" if sweep[best]["predicted"] > 1 else " (but the target alone is faster)"))
+        prediction = predicted_speedup(simulated.tau, drafts, cost["c"], cost["v"][n], cost["o"])
+        sweep[n] = {"tau": simulated.tau, "drafts": drafts, "predicted": prediction}
     return {
-        "command": shlex.join(["python", "bench.py", *(args.argv or [])]),
+        "command": shlex.join(["python", "bench.py", *args.argv]),
         "protocol": {
-            "prompts": source, "prompt_tokens": lengths, "new_tokens": [len(new) for new in written], "max_new_tokens": limit,
-            "gamma": gamma, "temperature": 0, "dtype": "float32", "rounds": args.rounds, "device": str(device),
+            "prompts": source, "prompt_tokens": [ids.shape[1] for ids in prompts], "new_tokens": lengths,
+            "max_new_tokens": limit, "gamma": gamma, "temperature": 0, "dtype": "float32",
+            "rounds": args.rounds, "device": str(device),
         },
         "machine": machine(),
         "alpha": stats.alpha,
         "tau": stats.tau,
         "ratios": ratios,
-        "overhead": overhead,
-        "forwards": forwards,
-        "cost_model": model,
+        "overhead": {
+            name: spread([1 - each[name]["inside"] / each[name]["seconds"] for each in clocked]) for name in clocked[0]
+        },
+        "calls": {name: {key: mine[key] for key in ("target_calls", "draft_calls")} for name, mine in clocked[0].items()},
+        "tokens_per_second": {name: spread([sum(lengths) / each[name]["seconds"] for each in timed]) for name in timed[0]},
+        "cost_model": cost,
         "sweep": sweep,
-        "recommended_gamma": best,
-        "tokens_per_second": {name: statistics.median(generated / s[name] for s in seconds) for name in seconds[0]},
+        "recommended_gamma": recommend({n: row["predicted"] for n, row in sweep.items()}),
     }  # fmt: skip
+
+
+def acceptance(pair, ids, new: list[int]) -> torch.Tensor:
+    """Where the draft's argmax is the target's own next token, along what the target wrote after the prompt `ids` [1, T]."""
+    text = torch.cat([ids, ids.new_tensor([new])], 1)
+    labels = text.clone()
+    labels[:, : ids.shape[1]] = -100
+    return expected_acceptance(*pair, text, labels, temperature=0.0).ratio
+
+
+def cost_model(steps, timed, clocked, gamma: int) -> dict:
+    """c, v by gamma and o, in units of what a token of the target alone costs; the speed-up they predict, and the measured one.
+
+    Both are of the steady state: without the round that reads the prompt and the rounds that the limit cuts short.
+    """
+    alone, ours = ([each[name]["steady"] for each in clocked] for name in ("autoregressive", "speculative"))
+
+    def per_round(each, key):
+        return each[key] / max(1, each["rounds"])
+
+    def outside(rounds):  # median, since a single hiccup of the machine is as long as many loops
+        return statistics.median(per_round(each, "seconds") - per_round(each, "inside") for each in rounds)
+
+    target_step, draft_step = statistics.median(steps.target), statistics.median(steps.draft)
+    unit = target_step + outside(alone)
+    cost = {"unit_seconds": unit, "target_step_seconds": target_step, "c": draft_step / unit}
+    cost["v"] = {n: statistics.median(seconds) / unit for n, seconds in sorted(steps.scoring.items())}
+    cost["o"] = outside(ours) / unit
+    alone, ours = ([each[name]["steady"] for each in timed] for name in ("autoregressive", "speculative"))
+    if all(each["rounds"] for each in alone + ours):
+        rate = [b["tokens"] / b["seconds"] / (a["tokens"] / a["seconds"]) for a, b in zip(alone, ours, strict=True)]
+        cost |= {"tau": per_round(ours[0], "tokens"), "measured": spread(rate)}
+        cost["predicted"] = predicted_speedup(cost["tau"], gamma, cost["c"], cost["v"][gamma], cost["o"])
+        cost["error"] = cost["predicted"] / cost["measured"]["median"] - 1
+    return cost
+
+
+def report(result: dict) -> None:
+    """The figures of `decode`, for a person."""
+    protocol, cost, sweep = result["protocol"], result["cost_model"], result["sweep"]
+    gamma, best = protocol["gamma"], result["recommended_gamma"]
+    new = protocol["new_tokens"]
+    print(f"{len(new)} prompts ({protocol['prompts']}), {sum(new)} new tokens, the same from all")
+    print(f"gamma {gamma}, alpha {result['alpha']:.3f}, tau {result['tau']:.2f}")
+    print("ratios of tokens per second: median of the rounds (low to high)")
+    for name, ratio in result["ratios"].items():
+        print(f"  {RATIOS[name][2]:<66} {ratio['median']:6.3f}  ({ratio['low']:.3f} to {ratio['high']:.3f})")
+    print("time outside of model forwards")
+    for name, share in result["overhead"].items():
+        print(f"  {name:<66} {share['median']:6.1%}  ({share['low']:.1%} to {share['high']:.1%})")
+    print(f"cost model, in tokens of the target alone ({cost['unit_seconds'] * 1e3:.2f} ms): c {cost['c']:.3f}, "
+          f"v {cost['v'][gamma]:.3f}, o {cost['o']:.4f}")  # fmt: skip
+    if "measured" in cost:
+        measured = cost["measured"]
+        print(f"  speed-up after the first round: predicted {cost['predicted']:.3f}, measured {measured['median']:.3f} "
+              f"({measured['low']:.3f} to {measured['high']:.3f}), error {cost['error']:+.1%}")  # fmt: skip
+    else:
+        print("  no speed-up measured: no full round after the first; raise --max-new-tokens")
+    for name, values in (
+        ("gamma", [f"{n:7}" for n in sweep]),
+        ("tau", [f"{row['tau']:7.2f}" for row in sweep.values()]),
+        ("speed-up", [f"{row['predicted']:7.2f}" for row in sweep.values()]),
+    ):
+        print(f"  {name:<10}" + "".join(values))
+    print(f"recommended gamma: {best}" + ("" if sweep[best]["predicted"] > 1 else " (but the target alone is faster)"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -425,6 +449,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--target", required=True, help="folder or Hub id")
     add("--draft", required=True, help="folder or Hub id")
     add("--prompts", help='JSON lines with a "prompt" each (default: rows of the offline task)')
+    add("--chat", action="store_true", help="put the prompts into the tokenizer's chat template")
     add("--data-dir", help="take the prompts from <data-dir>/gsm8k/test.jsonl")
     add("--gamma", type=int, default=5, help="tokens drafted a round")
     add("--max-new-tokens", type=int, default=64)
@@ -434,6 +459,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", help="write all figures to this file")
 
     args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     args.argv = sys.argv[1:] if argv is None else argv
     try:
         {"drop-layers": drop_layers_command, "decode": decode_command}[args.benchmark](args)
