@@ -94,10 +94,13 @@ def test_two_ranks_end_in_the_same_models(finished, tmp_path):
         assert one["counts"]["target_calls"] == pytest.approx(two["counts"]["target_calls"], abs=3)
 
 
-def save_pair(folder, tokenizer, make_model, draft_tokenizer=None):
-    for name, rows, sizes in (("pythia-1.4b", 48, {"hidden_size": 48}), ("EleutherAI/pythia-31m", 16, {})):
-        make_model("neox", vocab_size=len(tokenizer) + rows, **sizes).save_pretrained(folder / name)
-        (draft_tokenizer if draft_tokenizer and "31m" in name else tokenizer).save_pretrained(folder / name)
+def save_pair(folder, tokenizer, make_model, pair="pythia", draft_tokenizer=None):
+    """The pair's two models in small, random weights, heads padded differently: one by its whole name, one by the last part."""
+    architectures = {"pythia": ("neox", "neox"), "codegen": ("phi", "codegen")}[pair]
+    names = run_all.PAIRS[pair].target.split("/")[-1], run_all.PAIRS[pair].draft
+    for name, architecture, padding in zip(names, architectures, (48, 16), strict=True):
+        make_model(architecture, vocab_size=len(tokenizer) + padding).save_pretrained(folder / name)
+        (draft_tokenizer if draft_tokenizer and padding == 16 else tokenizer).save_pretrained(folder / name)
 
 
 def write_rows(folder, task):
@@ -112,11 +115,12 @@ def write_rows(folder, task):
 FEW = "--max-steps 2 --batch 4 --eval-prompts 4 --timed-prompts 1 --max-new-tokens 8 --max-length 128".split()
 
 
-def test_pretrained_pair_from_a_folder_with_heads_padded_differently(tmp_path, tokenizer, make_model, capsys):
-    save_pair(tmp_path / "models", tokenizer, make_model)
+@pytest.mark.parametrize("pair", ["pythia", "codegen"])
+def test_pretrained_pair_from_a_folder_with_heads_padded_differently(tmp_path, tokenizer, make_model, pair):
+    save_pair(tmp_path / "models", tokenizer, make_model, pair)
     write_rows(tmp_path / "rows", "gsm8k")
     where = ["--models-dir", str(tmp_path / "models"), "--data-dir", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]
-    run_all.main([*FEW, *where, "--pairs", "pythia", "--tasks", "gsm8k", "--epochs", "0,1,2"])
+    run_all.main([*FEW, *where, "--pairs", pair, "--tasks", "gsm8k", "--epochs", "0,1,2"])
     assert set(notes(tmp_path / "out")) == {"distilled-1-epochs", "distilled-2-epochs", "adaspec"}, "target taken as it is"
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["rows"]) == 6
     settings = notes(tmp_path / "out")["adaspec"]["settings"]
