@@ -34,13 +34,9 @@ GAMMAS = range(1, 11)  # what the recommendation chooses from
 RATIOS = {  # name -> the contestants, whose seconds are divided, and what the ratio says
     "speculative_vs_assisted": ("assisted", "speculative", "speculative / transformers' assisted generation, one by one"),
     "batch_vs_assisted": ("assisted", "speculative batch", "speculative, as a batch / assisted generation, one by one"),
-    "autoregressive_vs_generate": (
-        "generate",
-        "autoregressive",
-        "autoregressive_generate / transformers' generate, one by one",
-    ),
+    "autoregressive_vs_generate": ("generate", "autoregressive", "autoregressive / transformers' generate, one by one"),
     "batch_autoregressive_vs_generate": ("generate batch", "autoregressive batch", "the same, as a batch"),
-    "speculative_vs_autoregressive": ("autoregressive", "speculative", "speculative / autoregressive_generate, one by one"),
+    "speculative_vs_autoregressive": ("autoregressive", "speculative", "speculative / autoregressive, one by one"),
     "batch_speculative_vs_autoregressive": ("autoregressive batch", "speculative batch", "the same, as a batch"),
 }
 
@@ -51,13 +47,9 @@ RATIOS = {  # name -> the contestants, whose seconds are divided, and what the r
 def machine() -> dict:
     """What a timing depends on: processor, threads, versions."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.is_file()
-        else []
-    )
+    lines = info.read_text().splitlines() if info.is_file() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cpu = names[0] if names else platform.processor()
     return {"cpu": cpu, "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, **versions()}
 
 
@@ -289,31 +281,31 @@ def decode(args) -> dict:
         }
         return called if len(ids) == 1 else {f"{name} batch": f for name, f in called.items() if name != "assisted"}
 
-    def take_turns(ids, mask, turn, watched):
+    def take_turns(ids, mask, number, watched):
+        """Every contestant once, beginning with another one each time: name -> its turn. All must write the same tokens."""
         called = list(contestants(ids, mask).items())
-        first = turn % len(called)
-        return {
+        first = number % len(called)
+        turns = {
             name: Turn(f, pair, device, watched, limit, gamma if "speculative" in name else 0)
             for name, f in called[first:] + called[:first]
         }
+        texts = {name: [response(row[ids.shape[1] :], ends) for row in turn.output] for name, turn in turns.items()}
+        for name, text in texts.items():
+            if text != texts[called[-1][0]]:
+                raise ValueError(f"{name} and {called[-1][0]} write different tokens: nothing to compare")
+        return turns, texts[called[-1][0]]
 
     def one_round(number, watched):
-        """Every contestant on every prompt, then on all at once: name -> its turns. All must write the same tokens."""
-        turns = [take_turns(ids, torch.ones_like(ids), number + turn, watched) for turn, ids in enumerate(prompts)]
-        found = {name: [each[name] for each in turns] for name in turns[0]}
+        """Every prompt alone, then all at once: name -> the contestant's turns; and what was written, by prompt."""
+        alone = [take_turns(ids, torch.ones_like(ids), number + i, watched) for i, ids in enumerate(prompts)]
+        found = {name: [turns[name] for turns, _ in alone] for name in alone[0][0]}
+        written = [text for _, texts in alone for text in texts]
         if len(prompts) > 1:
-            found |= {name: [turn] for name, turn in take_turns(padded, mask, number, watched).items()}
-        texts = {
-            name: [response(row[ids.shape[1] :], ends) for turn, ids in zip(each, prompts, strict=True) for row in turn.output]
-            if len(each) == len(prompts)
-            else [response(row[width:], ends) for row in each[0].output]
-            for name, each in found.items()
-        }
-        for name, rows in texts.items():
-            for row, (a, b) in enumerate(zip(rows, texts["generate"], strict=True)):
-                if a != b:
-                    raise ValueError(f"{name} and transformers' generate differ in prompt {row}: nothing to compare")
-        return found, texts["generate"]
+            turns, texts = take_turns(padded, mask, number, watched)
+            found |= {name: [turn] for name, turn in turns.items()}
+            if texts != written:
+                raise ValueError("a batch and its prompts alone give different tokens: nothing to compare")
+        return found, written
 
     take_turns(prompts[0], torch.ones_like(prompts[0]), 0, False)  # warm up
     on_gpu = device.type == "cuda"  # there the clocks get a round of their own, since they slow decoding down

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import bench
 from bench import drop_layers, predicted_speedup, recommend
-from speculative import autoregressive_generate
+from speculative import autoregressive_generate, expected_acceptance, speculative_generate
 
 ARCHITECTURES = ["neox", "llama", "phi", "codegen"]
 
@@ -187,3 +187,23 @@ def test_decode_from_end_to_end(folder, tmp_path, tokenizer, capsys):
         assert bench.main(["decode", *models, *bad]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_decoding_in_inference_mode_leaves_nothing_behind(architecture, make_model):
+    """What comes out may be used under autograd, and the models can be trained, also where they keep tables of their own."""
+    target, draft = deep(make_model, architecture), deep(make_model, architecture, layers=1)
+    if architecture == "llama":  # a rotary table that decoding beyond the original context replaces by a larger one
+        target.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+        target.config.max_position_embeddings = 12
+        target = type(target)(target.config)
+        target.config.max_position_embeddings = 64
+        speculative_generate(target, draft, ids(), max_new_tokens=8)
+    text = speculative_generate(target, draft, ids(), max_new_tokens=4).sequences
+    labels = text.clone()
+    labels[:, :3] = -100
+    found = expected_acceptance(target, draft, text, labels)
+    assert not any(tensor.is_inference() for tensor in (text, *found))
+    for model in (target, draft):
+        model(input_ids=text, labels=labels).loss.backward()
+        copy.deepcopy(model).double()(input_ids=text, labels=labels).loss.backward()
