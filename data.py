@@ -116,6 +116,8 @@ def load_rows(task: str, split: str, data_dir: str | Path | None = None, limit: 
     rows = _read(task, spec, "train", data_dir)
     size = min(HELD_OUT, len(rows) // 10)
     ends = [len(rows) - size * (len(carved) - i) for i in range(len(carved) + 1)]
+    if split != "train" and not size:
+        raise ValueError(f"{task} has no {split} rows, and {len(rows)} train rows are too few to hold a tenth of them out")
     if split == "train":
         return rows[: ends[0]][:limit]
     start = ends[carved.index(split)]
@@ -145,8 +147,9 @@ def _read(task: str, spec: Task, split: str, data_dir: str | Path | None, limit:
         raise ValueError(f"{where} holds no rows")
     table = table.select_columns(list(spec.columns)).select(range(min(limit or len(table), len(table))))
     for number, row in enumerate(table, 1):
-        if any(row[name] is None for name in spec.columns):
-            raise ValueError(f"{where}, row {number}: a value of {', '.join(spec.columns)} is missing or null")
+        for name in spec.columns:
+            if not isinstance(row[name], (str, list)):
+                raise ValueError(f"{where}, row {number}: {name} must be text, got {row[name]!r}")
     return table.to_list()
 
 
@@ -211,8 +214,8 @@ def encode(task: str, rows: Sequence[dict], tokenizer, max_length: int = 512) ->
     """Tokenise rows as prompt + response + end token, cut to `max_length` tokens; returns (examples, rows dropped).
 
     A summarisation document is cut at its end so that a quarter of `max_length` is left for the response (whatever the
-    response is: at test time it is unknown). A row is dropped, and counted, where its response is empty or where the prompt
-    leaves no room for a single response token. Raises ValueError for a tokenizer without an end token.
+    response is: at test time it is unknown). A row is dropped, and counted, where its prompt or response is empty or where the
+    prompt leaves no room for a single response token. Raises ValueError for a tokenizer without an end token.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token (eos_token): set one, or the draft never learns to stop")
@@ -227,7 +230,7 @@ def encode(task: str, rows: Sequence[dict], tokenizer, max_length: int = 512) ->
         if spec.document and excess > 0:
             shorter = row | {spec.document: _cut(tokenizer, row[spec.document], excess)}
             prompt = _prompt_ids(tokenizer, [spec.prompt(shorter)])[0]
-        if text.strip() and len(prompt) < max_length:
+        if prompt and text.strip() and len(prompt) < max_length:
             ids = np.array([*prompt, *response, tokenizer.eos_token_id][:max_length], dtype=np.int32)
             examples.append(Example(ids, len(prompt)))
     return examples, len(rows) - len(examples)

@@ -15,7 +15,6 @@ import argparse
 import functools
 import hashlib
 import json
-import math
 import platform
 import shlex
 import shutil
@@ -30,7 +29,7 @@ import torch.distributed as dist
 import transformers
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 import data
 import train
@@ -95,7 +94,7 @@ def recipe(task: str, pair: str, args) -> dict:
     batch_size, by_pair = RECIPES.get(task, (16, {}))
     lr, epochs = by_pair.get(pair) or (OTHER_LR.get(pair, 3e-4), (3, 3, 3))
     epochs = args.epochs or (epochs if args.regime == "optimal" else (3, 3, 3))
-    return {"batch_size": args.batch or batch_size, "lr": args.lr or lr, "epochs": epochs}
+    return {"batch_size": args.batch or batch_size, "lr": lr if args.lr is None else args.lr, "epochs": epochs}
 
 
 # What the stages minimise: objective(hidden states [N, d], head, batch) -> (sum of losses, tokens in it), see train.py
@@ -175,7 +174,7 @@ def stage(folder: Path, settings: dict, tokenizer, work) -> tuple[Path, str]:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         made_by = {"fingerprint": mark, "settings": settings, "summary": summary, "versions": versions()}
-        (partial / "stage.json").write_text(json.dumps(made_by, indent=1))
+        write(partial / "stage.json", made_by)
         partial.rename(folder)  # only a whole folder ever carries the name
     say(f"  {folder.name}: {summary['steps']} steps, last loss {summary['loss']:.4f}, {summary['seconds']} s")
     return train.agreed((folder, mark))
@@ -191,8 +190,16 @@ def resolve(name: str, models_dir: str | None) -> str:
 
 
 def identity(name: str) -> str:
-    """What stands for a pretrained model in a fingerprint: its name and, of a local folder, its weights' sizes and times."""
-    return f"{name} {[(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(name).glob('*.safetensors'))]}"
+    """What stands for a pretrained model in a fingerprint: its name and, of a local folder, its files' sizes and times."""
+    files = [path for path in sorted(Path(name).glob("*")) if path.suffix in (".safetensors", ".bin", ".json")]
+    return f"{name} {[(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]}"
+
+
+def write(path: Path, content: dict) -> None:
+    """Write JSON so that the file is either the old one or the whole new one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(path)
 
 
 def shared_tokenizer(target: str, draft: str):
@@ -200,6 +207,10 @@ def shared_tokenizer(target: str, draft: str):
     tokenizers = [AutoTokenizer.from_pretrained(name) for name in (target, draft)]
     check_tokenizers(*tokenizers)
     return tokenizers[0]
+
+
+def context_length(name: str) -> int:
+    return getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", sys.maxsize)
 
 
 def scratch_model(sizes: dict, tokenizer, seed: int):
@@ -215,8 +226,9 @@ class Cell:
 
     def __init__(self, pair_name: str, task: str, seed: int, args, device):
         self.pair_name, self.task, self.seed, self.args, self.device = pair_name, task, seed, args, device
-        self.folder = Path(args.out, pair_name, task, f"seed{seed}")
         self.pair = Pair(args.target, args.draft) if pair_name == "custom" else PAIRS[pair_name]
+        own = f"custom-{Path(args.target).name}-{Path(args.draft).name}" if pair_name == "custom" else pair_name
+        self.folder = Path(args.out, own, task, f"seed{seed}")
         self.plan, self.dtype = recipe(task, pair_name, args), train.DTYPES[args.dtype]
         spec, rows = data.TASKS[task], data.load_rows(task, "train", args.data_dir, args.limit)
         self.scratch = isinstance(self.pair.target, dict)
@@ -234,6 +246,14 @@ class Cell:
         )
         if not self.examples or not self.test:
             raise ValueError(f"{task}: no rows are left within {args.max_length} tokens; raise --max-length")
+        longest = max(example.prompt_length for example in self.test) + args.max_new_tokens
+        contexts = {} if self.scratch else {name: context_length(name) for name in self.names}
+        for name, context in contexts.items():
+            if context < max(longest, args.max_length):
+                raise ValueError(
+                    f"{name} has a context of {context} tokens; --max-length is {args.max_length}, and the longest test prompt "
+                    f"with --max-new-tokens {args.max_new_tokens} takes {longest}"
+                )
         self.digest = data.digest(self.examples)
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -261,7 +281,7 @@ class Cell:
         """A cache of the model(s) `of` over the training rows, yet to be filled; None where it would not fit."""
         mark = fingerprint({"of": of, "data": self.digest, "dtype": self.args.dtype})
         made = train.TokenCache(self.folder / f"cache-{kind}", mark, self.examples, width, dtype)
-        room = math.inf if made.folder.is_dir() else shutil.disk_usage(self.folder).free
+        room = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in made.folder.glob("*.bin"))
         fits = train.agreed(made.bytes <= min(self.args.cache_gb * 2**30, room))
         say(f"  {kind} cache: {made.bytes / 2**30:.3f} GiB" + ("" if fits else ", too large: computed anew in every step"))
         return made if fits else None
@@ -310,13 +330,13 @@ class Cell:
         target, (draft, draft_mark) = self.bases()
         if target_epochs:
             path, mark = target
-            target_lr = args.target_lr or self.pair.target_lr
+            target_lr = self.pair.target_lr if args.target_lr is None else args.target_lr
             target = self.fit("target", mark, lambda: self.load(path), lambda: cross_entropy, target_lr, target_epochs)
 
         def student():
             return self.load(draft)
 
-        def distil(epochs):  # reference and DistillSpec draft are one recipe, run once where their epochs are the same
+        def distil(epochs):  # one recipe for reference and DistillSpec draft: one model where their epochs are the same
             name, objective = f"distilled-{epochs}-epochs", lambda: distillation(self.teacher(target))
             return self.fit(name, draft_mark, student, objective, lr, epochs, target=target[1])
 
@@ -324,8 +344,11 @@ class Cell:
         if "distillspec" in args.methods:
             drafts["DistillSpec"] = distil(draft_epochs)
         if "adaspec" in args.methods:
-            reference = distil(reference_epochs)
-            made_of = {"target": target[1], "reference": reference[1], "k": args.k, "micro_batch": args.micro_batch}
+            same = "DistillSpec" in drafts and reference_epochs == draft_epochs
+            reference = drafts["DistillSpec"] if same else distil(reference_epochs)
+            made_of = {"target": target[1], "reference": reference[1], "k": args.k}
+            if args.micro_batch:  # the quantile is then over the micro-batches that the ranks process together
+                made_of |= {"micro_batch": args.micro_batch, "ranks": train.world_size()}
             objective = functools.partial(self.selection, target, reference)
             drafts["AdaSPEC"] = self.fit("adaspec", draft_mark, student, objective, lr, draft_epochs, **made_of)
         rows = self.evaluation(target, drafts)
@@ -336,20 +359,22 @@ class Cell:
 
     def evaluation(self, target, drafts: dict) -> list[dict]:
         """The last stage: the drafts' rows of the table, from `evaluation.json` where nothing has changed."""
-        flags = ("gamma", "max_new_tokens", "max_length", "dtype", "eval_batch", "timed_prompts")
+        flags = ("gamma", "max_new_tokens", "max_length", "dtype", "eval_batch")
         protocol = {"pair": self.pair_name, "task": self.task, "seed": self.seed, "split": "test", "prompts": len(self.test)}
-        protocol |= {flag: getattr(self.args, flag) for flag in flags}
+        protocol |= {"timed_prompts": min(self.args.timed_prompts, len(self.test))}
+        protocol |= {flag: getattr(self.args, flag) for flag in flags} | {"device": self.device.type} | versions()
         marks = {"target": target[1], "test": data.digest(self.test), **{name: mark for name, (_, mark) in drafts.items()}}
         mark, note = fingerprint(protocol | marks), self.folder / "evaluation.json"
         saved = train.agreed(json.loads(note.read_text()) if note.is_file() else {})
         if saved.get("fingerprint") == mark:
             return saved["rows"]
         models = {name: self.load(path, self.dtype) for name, (path, _) in drafts.items()}
-        label = f"{self.task} evaluation"
-        rows = evaluate(self.load(target[0], self.dtype), models, self.test, self.tokenizer, self.args, self.seed, label)
+        asked, label = self.load(target[0], self.dtype), f"{self.task} evaluation"
+        rows = evaluate(asked, models, self.test, self.tokenizer, self.args, self.seed, label)
+        protocol |= {"ranks": train.world_size()}
         rows = train.agreed([protocol | row for row in rows])  # rank 0's have the timings
         if train.rank() == 0:
-            note.write_text(json.dumps({"fingerprint": mark, "versions": versions(), "rows": rows}, indent=1))
+            write(note, {"fingerprint": mark, "rows": rows})
         return rows
 
 
@@ -376,16 +401,17 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
             bar.update()
             if number % train.world_size() != train.rank():
                 continue
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
-            sampling = {"temperature": temperature, "generator": generator, **common}
+            sampling = {"temperature": temperature, "generator": torch.Generator(device), **common}
             width = max(len(prompt) for prompt in group)
             ids = torch.stack([F.pad(prompt, (width - len(prompt), 0)) for prompt in group]).to(device)
             mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in group]).to(device)
+            sampling["generator"].manual_seed(seed * 1_000_003 + number)
             text = autoregressive_generate(target, ids, mask, **sampling).cpu()
             written = [response(row[width:], prompt, end) for row, prompt in zip(text, group, strict=True)]
             text, labels = (tensor.to(device) for tensor in data.collate(written))
             for draft, model in drafts.items():
                 exact = expected_acceptance(target, model, text, labels, temperature, vocab_size=len(tokenizer))
+                sampling["generator"].manual_seed(seed * 1_000_003 + number)  # a draft's numbers do not hang on the others
                 out = speculative_generate(target, model, ids, mask, gamma=args.gamma, **sampling)
                 for values, new in zip(found[draft], (out.row_stats, exact.overlap, exact.agree), strict=True):
                     values += new if isinstance(new, list) else new.tolist()
@@ -441,7 +467,7 @@ def clock(device) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    """The results as a Markdown table."""
+    """The results as a Markdown table, and under it the protocol they were measured by."""
     columns = "task | pair | seed | T | draft | alpha (95% interval) | tau | expected acceptance | argmax agreement | speed-up"
     lines = [f"| {columns} |", "|" + " --- |" * (columns.count("|") + 1)]
     for row in rows:
@@ -450,6 +476,16 @@ def table(rows: list[dict]) -> str:
             "| {task} | {pair} | {seed} | {temperature:g} | {draft} | {alpha:.3f} ({low:.3f}-{high:.3f}) | {tau:.2f} "
             "| {expected_acceptance:.3f} | {agreement:.3f} | {speedup:.2f}x |".format(**row, low=low, high=high)
         )
+    protocol = (
+        "{task}: first {prompts} {split} prompts (speed-up: {timed_prompts}, one by one), gamma {gamma}, max_new_tokens "
+        "{max_new_tokens}, {dtype}, {ranks} x {device}, torch {torch}"
+    )
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    lines += ["", *dict.fromkeys(f"Protocol of {protocol.format(**row)}, seed {seeds}." for row in rows)]
+    lines += [
+        "alpha = accepted / judged, interval by bootstrap over prompts; tau = tokens per target call; expected acceptance"
+    ]
+    lines += ["and argmax agreement on the target's own text; speed-up over the target alone, median over prompts."]
     return "\n".join(lines)
 
 
@@ -500,6 +536,9 @@ def parse(argv=None):
     for flag, value in vars(args).items():
         if type(value) is int and value < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
+    for flag in ("lr", "target_lr", "cache_gb"):
+        if getattr(args, flag) is not None and not 0 <= getattr(args, flag) < float("inf"):
+            parser.error(f"--{flag.replace('_', '-')} must be at least 0, got {getattr(args, flag)}")
     if not 0 < args.k <= 1:
         parser.error(f"--k must be in (0, 1], got {args.k}")
     if args.epochs and (len(args.epochs) != 3 or args.epochs[0] < 0 or min(args.epochs[1:]) < 1):
@@ -517,23 +556,21 @@ def main(argv=None) -> None:
     transformers.logging.disable_progress_bar()
     if train.rank() != 0:
         transformers.logging.set_verbosity_error()
-    rows = []
+    if args.shard_target and not dist.is_initialized():
+        raise ValueError("--shard-target spreads the target over ranks: start with torchrun")
+    rows, path = [], Path(args.out, "results.json")
     for pair in args.pairs:
         for task in args.tasks:
             for seed in args.seeds:
                 rows += Cell(pair, task, seed, args, device).run()
-    protocol = (
-        f"Protocol: first {args.eval_prompts} rows of test (speed-up: first {args.timed_prompts}, one by one), "
-        f"gamma {args.gamma}, max_new_tokens {args.max_new_tokens}, {args.dtype}, seeds {args.seeds}, "
-        f"{train.world_size()} x {device.type}, torch {torch.__version__}.\n"
-        "alpha = accepted / judged, interval by bootstrap over prompts; tau = tokens per target call; expected acceptance "
-        "and argmax agreement on the target's own text; speed-up over the target alone."
-    )
-    if train.rank() == 0:
-        results = {"command": shlex.join(sys.argv), "protocol": protocol, "seconds": round(time.time() - started)}
-        path = Path(args.out, "results.json")
-        path.write_text(json.dumps(results | {"versions": versions(), "rows": rows}, indent=1))
-        say(f"\n{table(rows)}\n\n{protocol}\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
+                if train.rank() == 0:  # every cell there is under --out, not only this command's
+                    cells = [json.loads(note.read_text())["rows"] for note in sorted(Path(args.out).rglob("evaluation.json"))]
+                    seconds = round(time.time() - started)
+                    write(
+                        path,
+                        {"command": shlex.join(sys.argv), "seconds": seconds, "rows": [row for cell in cells for row in cell]},
+                    )
+    say(f"\n{table(rows)}\n\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -541,5 +578,7 @@ def main(argv=None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("run_all.py: interrupted; the same command goes on with the stages that are not done")
     except (ValueError, OSError, train.NonFiniteError) as error:
         sys.exit(f"run_all.py: error: {error}")

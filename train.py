@@ -327,7 +327,7 @@ def shard_layers(model: nn.Module) -> None:
 
     layers = max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
     for layer in layers:
-        fully_shard(layer)
+        fully_shard(layer, reshard_after_forward=True)  # each is its own root, and roots would stay whole after a forward
 
 
 # The loop

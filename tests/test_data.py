@@ -57,9 +57,9 @@ def test_truncation_never_leaves_a_row_without_response(max_length, kept):
 
 
 def test_rows_with_an_empty_response_are_dropped_and_counted(tokenizer):
-    rows = [{"prompt": "a", "response": text} for text in ("x", "", "  \n", "y")]
+    rows = [{"prompt": "a", "response": text} for text in ("x", "", "  \n", "y")] + [{"prompt": "", "response": "z"}]
     examples, dropped = data.encode("custom", rows, tokenizer)
-    assert (len(examples), dropped) == (2, 2)
+    assert (len(examples), dropped) == (2, 3)
     assert data.encode("custom", [], tokenizer) == ([], 0)
 
 

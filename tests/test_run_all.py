@@ -45,7 +45,9 @@ def test_every_stage_and_the_table(finished, capsys):
         if row["temperature"] == 0:
             assert row["expected_acceptance"] == row["agreement"]
     text = run_all.table(results["rows"])
-    assert len({line.count("|") for line in text.splitlines()}) == 1 and "AdaSPEC" in text
+    cells, protocol = text.split("\n\n")
+    assert len({line.count("|") for line in cells.splitlines()}) == 1 and cells.count("AdaSPEC") == 2
+    assert "first 6 test prompts (speed-up: 1, one by one), gamma 5, max_new_tokens 12, float32, 1 x" in protocol
 
 
 def test_stages_are_ordinary_hugging_face_folders(finished):
@@ -66,6 +68,8 @@ def test_complete_stages_are_not_run_again_and_a_changed_setting_reruns_what_dep
     assert json.loads(results)["rows"] == json.loads((finished / "results.json").read_text())["rows"]
     out = capsys.readouterr().out
     assert all(f"{stage}: done before" in out for stage in STAGES) and "last loss" not in out
+    with pytest.raises(ValueError, match="torchrun"):
+        run_all.main([*SHORT, "--out", str(finished), "--shard-target"])
     run_all.main([*SHORT, "--out", str(finished), "--k", "0.2"])
     rerun = {p.parent.name for p, time in before.items() if p.stat().st_mtime_ns != time}
     assert rerun == {"adaspec"}
