@@ -2,13 +2,16 @@
 
     python bench.py drop-layers --target DIR --out DIR --first 3 --last 3   # a draft made of the target's own layers
     python bench.py decode --target DIR --draft DIR --data-dir DIR --json decode.json
+    python bench.py train --data-dir DIR --json train.json                  # our training step against the official one
 
 Contestants of a comparison take turns, in an order that rotates, so that whatever else slows the machine slows all; a ratio is
 formed within each round of turns, and reported as the median over rounds with the smallest and the largest.
 """
 
 import argparse
+import copy
 import functools
+import gc
 import json
 import math
 import os
@@ -16,17 +19,22 @@ import platform
 import shlex
 import statistics
 import sys
+import tempfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import transformers
+from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoXConfig
 
 import data
+import run_all
 import speculative
+import train
 from run_all import clock, versions
 from speculative import Stats, autoregressive_generate, expected_acceptance, simulate_rounds, speculative_generate
 
@@ -51,6 +59,14 @@ def machine() -> dict:
     cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu, "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, **versions()}
+
+
+def save(args, result: dict) -> None:
+    """Write the result, with the command and the machine, to --json."""
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        command = shlex.join(["python", "bench.py", *args.argv])
+        Path(args.json).write_text(json.dumps({"command": command, "machine": machine()} | result, indent=1) + "\n")
 
 
 def spread(values) -> dict:
@@ -233,9 +249,7 @@ class Steps:
 def decode_command(args) -> None:
     result = decode(args)
     report(result)
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    save(args, result)
 
 
 def response(row, ends: list[int]) -> list[int]:
@@ -340,13 +354,11 @@ def decode(args) -> dict:
         prediction = predicted_speedup(simulated.tau, drafts, cost["c"], cost["v"][n], cost["o"])
         sweep[n] = {"tau": simulated.tau, "drafts": drafts, "predicted": prediction}
     return {
-        "command": shlex.join(["python", "bench.py", *args.argv]),
         "protocol": {
             "prompts": source, "prompt_tokens": [ids.shape[1] for ids in prompts], "new_tokens": lengths,
             "max_new_tokens": limit, "gamma": gamma, "temperature": 0, "dtype": "float32",
             "rounds": args.rounds, "device": str(device),
         },
-        "machine": machine(),
         "alpha": stats.alpha,
         "tau": stats.tau,
         "ratios": ratios,
@@ -426,6 +438,252 @@ def report(result: dict) -> None:
     print(f"recommended gamma: {best}" + ("" if sweep[best]["predicted"] > 1 else " (but the target alone is faster)"))
 
 
+# train
+
+
+# The paper's shapes: a batch of 8 x 256 tokens, 45% of them responses; the pythia pair's vocabulary and widths
+PAPER = {"vocab_size": 50304, "target_width": 2048, "draft_width": 256, "rows": 8, "length": 256, "prompt": 141}
+
+
+def timed(call, device) -> float:
+    start = clock(device)
+    call()
+    return clock(device) - start
+
+
+def peak_memory(call, device) -> int:
+    """Bytes that `call` needs at its peak, beyond what is there before it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(field):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before
+
+
+def interleaved(calls: dict, rounds: int, device) -> dict:
+    """Seconds of each call, `rounds` times in turn after one warm-up round."""
+    for call in calls.values():
+        call()
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(timed(call, device))
+    return seconds
+
+
+def official_loss(target_logits, reference_logits, draft_logits, labels, k):
+    """The official AdaSPEC loss, restated: masked select, three float32 softmaxes, KLDivLoss, quantile."""
+    keep = labels[:, 1:] != -100
+    target_logits, reference_logits, draft_logits = (
+        logits[:, :-1][keep].float() for logits in (target_logits, reference_logits, draft_logits)
+    )
+    p, divergence = F.softmax(target_logits, dim=-1), nn.KLDivLoss(reduction="none")
+    draft_kl = divergence(F.log_softmax(draft_logits, dim=-1), p).sum(-1)
+    reference_kl = divergence(F.log_softmax(reference_logits, dim=-1), p).sum(-1)
+    gap = draft_kl.detach() - reference_kl
+    return draft_kl[gap >= torch.quantile(gap, 1 - k)].mean()
+
+
+def official_step(target, reference, draft, input_ids, labels, k, dtype):
+    """The official training step up to the gradients: three full forwards, logits at all positions, an attention mask."""
+    mask = torch.arange(input_ids.shape[1], device=input_ids.device) <= (labels != -100).cumsum(1).argmax(1)[:, None]
+    amp = torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32)
+    with torch.no_grad():
+        frozen = [model(input_ids=input_ids, attention_mask=mask).logits for model in (target, reference)]
+    with amp:
+        logits = draft(input_ids=input_ids, attention_mask=mask).logits
+    official_loss(*frozen, logits, labels, k).backward()
+
+
+def loss_step_calls(shape, dtype, device, k=0.4):
+    """The loss step alone, from hidden states to the gradients of hidden states and output head: official and ours."""
+    torch.manual_seed(0)
+    vocabulary = shape["vocab_size"]
+
+    def head(width, dtype):
+        return nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype)
+
+    def hidden(width, dtype):
+        return torch.randn(shape["rows"], shape["length"], width, device=device, dtype=dtype)
+
+    heads = [head(shape["target_width"], dtype), head(shape["draft_width"], dtype), head(shape["draft_width"], torch.float32)]
+    states = [
+        hidden(shape["target_width"], dtype),
+        hidden(shape["draft_width"], dtype),
+        hidden(shape["draft_width"], torch.float32),
+    ]
+    states[2].requires_grad_()
+    labels = torch.randint(vocabulary, (shape["rows"], shape["length"]), device=device)
+    labels[:, : shape["prompt"]] = -100
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def official():
+        states[2].grad = heads[2].weight.grad = None
+        with torch.no_grad():
+            frozen = [head(state) for head, state in zip(heads[:2], states[:2], strict=True)]
+        with amp:
+            logits = heads[2](states[2])
+        official_loss(*frozen, logits, labels, k).backward()
+
+    index = (F.pad(labels[:, 1:], (0, 1), value=-100) != -100).flatten().nonzero().squeeze(-1)
+    target_head, reference_head, draft_head = (
+        train.Head(SimpleNamespace(get_output_embeddings=lambda head=head: head), vocabulary) for head in heads
+    )
+    cached = states[0].flatten(0, 1)[index]
+    frozen = SimpleNamespace(hidden=lambda batch: cached, head=target_head)
+    reference_kl = reference_head.per_token(states[1].flatten(0, 1)[index], run_all.divergence_from(frozen, None))
+    objective = run_all.selective_distillation(frozen, lambda batch: reference_kl, k)
+
+    def ours():
+        states[2].grad = heads[2].weight.grad = None
+        with amp:
+            loss, count = objective(states[2].flatten(0, 1).index_select(0, index), draft_head, None)
+        (loss / count).backward()
+
+    return {"official": official, "ours": ours}, (states[2], heads[2].weight)
+
+
+def neox(vocab_size, width, layers, heads, device, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    config = GPTNeoXConfig(vocab_size=vocab_size, max_position_embeddings=2048, **sizes)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def whole_step_calls(dtype, device, folder, k=0.4):
+    """A whole training step at the paper's shapes, random weights: three models, clipping and AdamW included."""
+    vocabulary = PAPER["vocab_size"]
+    target = neox(vocabulary, 2048, 24, 16, device, dtype).eval()
+    reference, draft = neox(vocabulary, 256, 6, 8, device, dtype, 1).eval(), neox(vocabulary, 256, 6, 8, device, seed=2)
+    rng = np.random.default_rng(0)
+    examples = [
+        data.Example(rng.integers(0, vocabulary, PAPER["length"], dtype=np.int32), PAPER["prompt"])
+        for _ in range(PAPER["rows"])
+    ]
+    input_ids, labels = (t.to(device) for t in data.collate(examples))
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-5, weight_decay=0.1)
+
+    def finish():
+        nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def official():
+        official_step(target, reference, draft, input_ids, labels, k, dtype)
+        finish()
+
+    frozen, asked = train.Frozen(target, vocabulary), train.Frozen(reference, vocabulary)
+    hidden = train.TokenCache(folder / "hidden", "bench", examples, 2048, dtype)
+    kl = train.TokenCache(folder / "kl", "bench", examples, 1, torch.float32)
+    first_epoch = timed(lambda: hidden.fill(frozen.hidden, device, PAPER["rows"], "target"), device)
+    frozen.cache = hidden
+    kl.fill(lambda b: asked.head.per_token(asked.hidden(b), run_all.divergence_from(frozen, b)), device, 8, "reference")
+    student = train._Student(draft, vocabulary, run_all.selective_distillation(frozen, lambda b: kl.read(b).squeeze(1), k))
+    draft.train()
+
+    def ours():
+        batch = train.make_batch(examples, list(range(len(examples))), device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss, count = student(batch)
+        (loss / count).backward()
+        finish()
+
+    return {"official": official, "ours": ours}, first_epoch
+
+
+def epoch_calls(rows, limit, device, folder, k=0.4):
+    """An epoch of stage 2 on the tiny pair, float32, batch 16: official steps, and the loop of train.py."""
+    task = "gsm8k" if rows else "arithmetic"
+    rows = rows or data.load_rows("arithmetic", "train", limit=limit)
+    spec, pair = data.TASKS[task], run_all.PAIRS["tiny"]
+    tokenizer = data.train_tokenizer([spec.prompt(r) + spec.response(r) for r in rows], run_all.SCRATCH_VOCABULARY)
+    examples, _ = data.encode(task, rows, tokenizer)
+    vocabulary, lengths = len(tokenizer), [len(e.input_ids) for e in examples]
+    target = run_all.scratch_model(pair.target, tokenizer, 0).to(device).eval()
+    reference, draft = (run_all.scratch_model(pair.draft, tokenizer, seed).to(device) for seed in (1, 2))
+    hyper = {"lr": 1e-3, "epochs": 1, "batch_size": 16, "vocab_size": vocabulary}
+
+    def official():
+        model = copy.deepcopy(draft).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+        for group in data.batches(lengths, 16, 0, 0):
+            input_ids, labels = (t.to(device) for t in data.collate([examples[i] for i in group]))
+            official_step(target, reference, model, input_ids, labels, k, torch.float32)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    frozen, asked = train.Frozen(target, vocabulary), train.Frozen(reference, vocabulary)
+    hidden = train.TokenCache(folder / "hidden", "epoch", examples, pair.target["hidden_size"], torch.float32)
+    kl = train.TokenCache(folder / "kl", "epoch", examples, 1, torch.float32)
+    hidden.fill(frozen.hidden, device, 16, "target")
+    frozen.cache = hidden
+    kl.fill(lambda b: asked.head.per_token(asked.hidden(b), run_all.divergence_from(frozen, b)), device, 16, "reference")
+    objective = run_all.selective_distillation(frozen, lambda b: kl.read(b).squeeze(1), k)
+    return {"official": official, "ours": lambda: train.train(copy.deepcopy(draft), examples, objective, **hyper)}
+
+
+def loss_step_flops(shape, k=0.4) -> float:
+    """Operations of our loss step: both heads over all response rows, then forward and backward for the selected."""
+    rows = shape["rows"] * (shape["length"] - shape["prompt"])
+    target, draft = (2 * shape["vocab_size"] * shape[name] for name in ("target_width", "draft_width"))
+    return rows * (target + draft) + k * rows * (target + 3 * draft)
+
+
+def product_rate(dtype, device) -> float:
+    """The machine's rate of matrix products, operations a second, at the shape of a chunk times the target's head."""
+    a, b = (torch.randn(n, PAPER["target_width"], dtype=dtype, device=device) for n in (train.CHUNK, PAPER["vocab_size"]))
+    best = min(timed(lambda: F.linear(a, b), device) for _ in range(10))
+    return 2 * a.shape[0] * a.shape[1] * b.shape[0] / best
+
+
+def times_faster(seconds: dict) -> dict:
+    return spread([a / b for a, b in zip(seconds["official"], seconds["ours"], strict=True)])
+
+
+def train_command(args) -> None:
+    """Ours against the official step: the loss step, an epoch of the tiny pair, the whole step at the paper's shapes."""
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), train.DTYPES[args.dtype]
+    rows = data.load_rows("gsm8k", "train", args.data_dir, args.limit) if args.data_dir else None
+    found, parts = {}, args.parts.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        if "loss" in parts:
+            calls, _ = loss_step_calls(PAPER, dtype, device)
+            seconds, peaks = (
+                interleaved(calls, args.rounds, device),
+                {n: peak_memory(call, device) for n, call in calls.items()},
+            )
+            rate = loss_step_flops(PAPER) / min(seconds["ours"]) / product_rate(dtype, device)
+            found["loss step, times faster"] = times_faster(seconds)
+            found["loss step, times less peak memory"] = peaks["official"] / max(peaks["ours"], 1)
+            found["loss step, share of the machine's matrix-product rate"] = rate
+            del calls
+        if "epoch" in parts:
+            seconds = interleaved(epoch_calls(rows, args.limit, device, Path(folder, "epoch")), args.rounds, device)
+            found["stage 2 epoch of the tiny pair, times faster"] = times_faster(seconds)
+        if "step" in parts:
+            calls, first = whole_step_calls(dtype, device, Path(folder, "step"))
+            seconds = interleaved(calls, args.rounds, device)
+            found["whole step after the first epoch, times faster"] = times_faster(seconds)
+            found["the pass that fills the cache, in official steps"] = first / statistics.median(seconds["official"])
+    for name, value in found.items():
+        print(
+            f"{name}: " + ("{median:.2f} ({low:.2f}-{high:.2f})".format(**value) if isinstance(value, dict) else f"{value:.2f}")
+        )
+    save(args, {"dtype": args.dtype, "rounds": args.rounds, "data": "gsm8k" if rows else "arithmetic"} | found)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; 0, or 2 after one line on stderr for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -450,12 +708,20 @@ def main(argv: list[str] | None = None) -> int:
     add("--repeats", type=int, default=3, help="times each forward is timed for the cost model in a round")
     add("--json", help="write all figures to this file")
 
+    add = commands.add_parser("train", help="training against the official step").add_argument
+    add("--parts", default="loss,epoch,step", help="step: the whole step with a random 1.4B target, minutes on a CPU")
+    add("--data-dir", help="epoch over rows of <data-dir>/gsm8k/train.jsonl (default: the offline task)")
+    add("--limit", type=int, default=300, help="rows of that epoch")
+    add("--dtype", choices=train.DTYPES, default="bfloat16", help="of the loss step and the whole step; the epoch is float32")
+    add("--rounds", type=int, default=3)
+    add("--json", help="write all figures to this file")
+
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args.argv = sys.argv[1:] if argv is None else argv
     try:
-        {"drop-layers": drop_layers_command, "decode": decode_command}[args.benchmark](args)
+        {"drop-layers": drop_layers_command, "decode": decode_command, "train": train_command}[args.benchmark](args)
     except (ValueError, OSError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2

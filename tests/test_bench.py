@@ -207,3 +207,26 @@ def test_decoding_in_inference_mode_leaves_nothing_behind(architecture, make_mod
     for model in (target, draft):
         model(input_ids=text, labels=labels).loss.backward()
         copy.deepcopy(model).double()(input_ids=text, labels=labels).loss.backward()
+
+
+def test_official_step_and_ours_give_one_gradient():
+    """What `bench.py train` compares is one computation: the loss step of both, in float32, on small shapes."""
+    shape = {"vocab_size": 300, "target_width": 48, "draft_width": 16, "rows": 3, "length": 40, "prompt": 18}
+    calls, leaves = bench.loss_step_calls(shape, torch.float32, torch.device("cpu"))
+    found = []
+    for call in calls.values():
+        call()
+        found.append([leaf.grad.clone() for leaf in leaves])
+    for official, ours in zip(*found, strict=True):
+        assert (official - ours).norm() < 1e-5 * official.norm()
+
+
+def test_train_benchmark_runs(tmp_path, monkeypatch, capsys):
+    small = {"vocab_size": 300, "target_width": 48, "draft_width": 16, "rows": 3, "length": 40, "prompt": 18}
+    monkeypatch.setattr(bench, "PAPER", small)
+    assert (
+        bench.main(["train", "--parts", "loss,epoch", "--limit", "20", "--rounds", "1", "--json", str(tmp_path / "t.json")])
+        == 0
+    )
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert result["loss step, times faster"]["median"] > 0 and result["command"].startswith("python bench.py train")
