@@ -13,6 +13,7 @@ Batched, and with counts that can be trusted. p is always the target's distribut
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import json
 import math
@@ -111,6 +112,10 @@ class SpeculativeOutput(NamedTuple):
     row_stats: list[Stats]
 
 
+def _takes_positions(model) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
 class _Lane:
     """A model and its cache. Invariant: the valid slots of a row hold, in order, a prefix of that row's sequence.
 
@@ -128,6 +133,9 @@ class _Lane:
         self.cache = DynamicCache(config=model.config)
         if any(self.cache.is_sliding) or not self.cache.is_croppable:
             raise ValueError(f"{type(model).__name__}: every layer must have full attention, or a cache cannot go back")
+        rows_differ = len(input_ids) > 1 or prompt_mask is not None
+        if rows_differ and (getattr(model.config, "alibi", False) or not _takes_positions(model)):
+            raise ValueError(f"{type(model).__name__} takes no position_ids: decode its prompts one by one, without padding")
         self.model, self.device, self.vocab_size = model, input_ids.device, vocab_size
         self.last_position = last_position
         self.mask = prompt_mask  # [B, slots] bool, or None while all slots of all rows are valid

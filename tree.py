@@ -17,7 +17,6 @@ attention do not, nor do models without position_ids (ALiBi: Bloom, MPT, some Fa
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import math
 import sys
@@ -28,7 +27,17 @@ import torch
 import torch.nn.functional as F
 
 import speculative
-from speculative import SpeculativeOutput, Stats, _check_arguments, _check_prompt, _distribution, _draw, _inference, _Lane
+from speculative import (
+    SpeculativeOutput,
+    Stats,
+    _check_arguments,
+    _check_prompt,
+    _distribution,
+    _draw,
+    _inference,
+    _Lane,
+    _takes_positions,
+)
 
 
 class _TreeLane(_Lane):
@@ -39,7 +48,7 @@ class _TreeLane(_Lane):
         config, attention = model.config, model.config._attn_implementation
         if attention not in ("eager", "sdpa"):
             raise ValueError(f"a tree needs attn_implementation eager or sdpa, {type(model).__name__} has {attention}")
-        if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
+        if not _takes_positions(model) or getattr(config, "alibi", False):
             raise ValueError(f"{type(model).__name__}: a tree needs a model that takes position_ids")
 
     def causal(self, n: int) -> torch.Tensor:

@@ -926,3 +926,17 @@ def test_command_line_names_the_line_of_a_bad_prompt_file(folders, capsys, tmp_p
         file.write_text(content)
         code, _, err = run(folders, capsys, prompt=("--prompts", str(file)))
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_models_without_position_ids_decode_single_rows_only():
+    """ALiBi counts cache slots, so holes or padding would shift it: one row is right, more are refused."""
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4)).eval()
+    ids = torch.randint(50, (2, 6))
+    out = speculative_generate(model, model, ids[:1], max_new_tokens=12, gamma=3)
+    expected = model.generate(ids[:1], attention_mask=torch.ones(1, 6), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert torch.equal(out.sequences, expected)
+    with pytest.raises(ValueError, match=r"Bloom.* takes no position_ids"):
+        speculative_generate(model, model, ids, max_new_tokens=12)
