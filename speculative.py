@@ -113,7 +113,8 @@ class SpeculativeOutput(NamedTuple):
 
 
 def _takes_positions(model) -> bool:
-    return "position_ids" in inspect.signature(model.forward).parameters
+    """Whether position_ids decide where a token stands: ALiBi counts cache slots instead."""
+    return "position_ids" in inspect.signature(model.forward).parameters and not getattr(model.config, "alibi", False)
 
 
 class _Lane:
@@ -134,7 +135,7 @@ class _Lane:
         if any(self.cache.is_sliding) or not self.cache.is_croppable:
             raise ValueError(f"{type(model).__name__}: every layer must have full attention, or a cache cannot go back")
         rows_differ = len(input_ids) > 1 or prompt_mask is not None
-        if rows_differ and (getattr(model.config, "alibi", False) or not _takes_positions(model)):
+        if rows_differ and not _takes_positions(model):
             raise ValueError(f"{type(model).__name__} takes no position_ids: decode its prompts one by one, without padding")
         self.model, self.device, self.vocab_size = model, input_ids.device, vocab_size
         self.last_position = last_position

@@ -45,10 +45,10 @@ class _TreeLane(_Lane):
 
     def __init__(self, model, input_ids, vocab_size):
         super().__init__(model, input_ids, None, vocab_size, None)
-        config, attention = model.config, model.config._attn_implementation
+        attention = model.config._attn_implementation
         if attention not in ("eager", "sdpa"):
             raise ValueError(f"a tree needs attn_implementation eager or sdpa, {type(model).__name__} has {attention}")
-        if not _takes_positions(model) or getattr(config, "alibi", False):
+        if not _takes_positions(model):
             raise ValueError(f"{type(model).__name__}: a tree needs a model that takes position_ids")
 
     def causal(self, n: int) -> torch.Tensor:
