@@ -30,6 +30,7 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoXConfig
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 import data
 import run_all
@@ -482,27 +483,32 @@ def interleaved(calls: dict, rounds: int, device) -> dict:
 
 
 def official_loss(target_logits, reference_logits, draft_logits, labels, k):
-    """The official AdaSPEC loss, restated: masked select, three float32 softmaxes, KLDivLoss, quantile."""
-    keep = labels[:, 1:] != -100
+    """The loss of CustomTrainer in the authors' utils.py (github.com/yuezhouhu/adaspec), restated: shifted copies, masked
+    selects, three float32 softmaxes, KLDivLoss twice, quantile."""
+    keep = (labels[:, 1:] != -100).flatten()[:, None]
     target_logits, reference_logits, draft_logits = (
-        logits[:, :-1][keep].float() for logits in (target_logits, reference_logits, draft_logits)
+        logits[:, :-1].flatten(0, 1).masked_select(keep).view(-1, logits.shape[-1]).float()
+        for logits in (target_logits, reference_logits, draft_logits)
     )
     p, divergence = F.softmax(target_logits, dim=-1), nn.KLDivLoss(reduction="none")
     draft_kl = divergence(F.log_softmax(draft_logits, dim=-1), p).sum(-1)
     reference_kl = divergence(F.log_softmax(reference_logits, dim=-1), p).sum(-1)
-    gap = draft_kl.detach() - reference_kl
-    return draft_kl[gap >= torch.quantile(gap, 1 - k)].mean()
+    gap = draft_kl - reference_kl
+    return draft_kl.masked_select(gap >= torch.quantile(gap, 1 - k)).mean()
 
 
 def official_step(target, reference, draft, input_ids, labels, k, dtype):
-    """The official training step up to the gradients: three full forwards, logits at all positions, an attention mask."""
+    """The official training step up to the gradients: three full forwards, logits at all positions, an attention mask.
+
+    Its forwards are given the labels, as there: each model so computes a cross-entropy in float32 that nobody asks for.
+    """
     mask = torch.arange(input_ids.shape[1], device=input_ids.device) <= (labels != -100).cumsum(1).argmax(1)[:, None]
-    amp = torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "use_cache": False}
+    with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
+        outputs = draft(**inputs)
     with torch.no_grad():
-        frozen = [model(input_ids=input_ids, attention_mask=mask).logits for model in (target, reference)]
-    with amp:
-        logits = draft(input_ids=input_ids, attention_mask=mask).logits
-    official_loss(*frozen, logits, labels, k).backward()
+        frozen = [model(**inputs) for model in (target, reference)]
+    official_loss(*(output.logits for output in frozen), outputs.logits, labels, k).backward()
 
 
 def loss_step_calls(shape, dtype, device, k=0.4):
@@ -529,11 +535,15 @@ def loss_step_calls(shape, dtype, device, k=0.4):
 
     def official():
         states[2].grad = heads[2].weight.grad = None
-        with torch.no_grad():
-            frozen = [head(state) for head, state in zip(heads[:2], states[:2], strict=True)]
         with amp:
             logits = heads[2](states[2])
+        kept = ForCausalLMLoss(logits, labels, vocabulary)  # what a model that is given labels computes, and its graph
+        with torch.no_grad():
+            frozen = [head(state) for head, state in zip(heads[:2], states[:2], strict=True)]
+            for each in frozen:
+                ForCausalLMLoss(each, labels, vocabulary)
         official_loss(*frozen, logits, labels, k).backward()
+        del kept
 
     index = (F.pad(labels[:, 1:], (0, 1), value=-100) != -100).flatten().nonzero().squeeze(-1)
     target_head, reference_head, draft_head = (

@@ -36,7 +36,7 @@ from data import Example, batches, collate
 __all__ = ["Batch", "Frozen", "Head", "NonFiniteError", "TokenCache", "gather_ragged", "setup", "train"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHUNK = 256  # response tokens whose logits exist at one time
+CHUNK = 128  # response tokens whose logits exist at one time
 
 
 class NonFiniteError(RuntimeError):
