@@ -103,23 +103,23 @@ def recipe(task: str, pair: str, args) -> dict:
 def cross_entropy(hidden, head, batch):
     """Next-token cross-entropy on the response: pretraining, and the target's fine-tuning (stage 0)."""
 
-    def loss(rows, logits):
-        return F.cross_entropy(logits.float(), batch.labels[rows], reduction="none")
+    def loss(labels, logits):
+        return F.cross_entropy(logits.float(), labels, reduction="none")
 
-    return head.loss(hidden, loss), len(hidden)
+    return head.loss(hidden, lambda rows: batch.labels[rows], loss), len(hidden)
 
 
-def divergence_from(target, batch, divergence=token_kl):
-    """divergence(target logits, logits) of the batch's response tokens, as a function of some of them and their logits."""
-    target_hidden = target.hidden(batch)
-    return lambda rows, logits: divergence(target.head(target_hidden[rows]), logits)
+def target_logits(target, batch):
+    """The target's logits at some of the batch's response positions, as a function of their rows."""
+    hidden = target.hidden(batch)
+    return lambda rows: target.head(hidden[rows])
 
 
 def distillation(target, divergence: str = "fkl"):
     """Stage 1 and DistillSpec: a divergence from the frozen target on every response token."""
 
     def objective(hidden, head, batch):
-        return head.loss(hidden, divergence_from(target, batch, DIVERGENCES[divergence])), len(hidden)
+        return head.loss(hidden, target_logits(target, batch), DIVERGENCES[divergence]), len(hidden)
 
     return objective
 
@@ -132,11 +132,11 @@ def selective_distillation(target, reference_kl, k: float):
     """
 
     def objective(hidden, head, batch):
-        kl = divergence_from(target, batch)
-        gap = head.per_token(hidden, kl) - reference_kl(batch)
+        wanted = target_logits(target, batch)
+        gap = head.per_token(hidden, wanted, token_kl) - reference_kl(batch)
         gaps, own = train.gather_ragged(gap)
         rows = select_tokens(gaps, k)[own].nonzero().squeeze(-1)
-        return head.loss(hidden, kl, rows) + 0 * gap.sum(), len(rows)  # 0 * NaN: a NaN gap is a NaN loss
+        return head.loss(hidden, wanted, token_kl, rows) + 0 * gap.sum(), len(rows)  # 0 * NaN: a NaN gap is a NaN loss
 
     return objective
 
@@ -302,7 +302,7 @@ class Cell:
         teacher, asked = self.teacher(target), self.frozen(reference[0])
 
         def reference_kl(batch):
-            return asked.head.per_token(asked.hidden(batch), divergence_from(teacher, batch))
+            return asked.head.per_token(asked.hidden(batch), target_logits(teacher, batch), token_kl)
 
         cache = self.cache("reference", target[1] + reference[1], 1, torch.float32)
         if not cache:

@@ -36,7 +36,7 @@ from data import Example, batches, collate
 __all__ = ["Batch", "Frozen", "Head", "NonFiniteError", "TokenCache", "gather_ragged", "setup", "train"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHUNK = 128  # response tokens whose logits exist at one time
+CHUNK = 256  # response tokens whose logits exist at one time
 
 
 class NonFiniteError(RuntimeError):
@@ -156,34 +156,48 @@ class Head:
             raise ValueError(f"{type(model).__name__} changes its logits after the output head; the loss here would miss that")
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
-        bias = getattr(self.linear, "bias", None)
-        return self.linear.weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+        weight, bias = self.linear.weight, getattr(self.linear, "bias", None)
+        if len(weight) == self.vocab_size:  # a slice would cost its backward a copy of the gradient
+            return weight, bias
+        return weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [n, vocab_size] of hidden states [n, d]."""
-        return _logits(hidden, *self.weights())
+        return _logits(hidden, *self.weights())[: len(hidden)]
 
     @torch.no_grad()
-    def per_token(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """loss(rows, their logits) of every row of `hidden`, [N], without gradient, CHUNK rows at a time."""
-        dtype = _compute_dtype(hidden)
-        hidden, weights = hidden.to(dtype), [None if t is None else t.to(dtype) for t in self.weights()]
-        with torch.autocast(hidden.device.type, enabled=False):
-            parts = torch.arange(len(hidden), device=hidden.device).split(CHUNK)
-            return torch.cat([loss(rows, _logits(hidden[rows], *weights)) for rows in parts])
+    def per_token(self, hidden: Tensor, wanted: Callable[[Tensor], Tensor], loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """loss(wanted, logits) of every row of `hidden`, [N], without gradient.
 
-    def loss(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None = None) -> Tensor:
-        """The sum of loss(rows, their logits) over `rows` (all of them by default), a scalar with gradient.
+        `wanted(rows)` gives what the logits of these rows are held against, [n, V] target logits or [n] labels; `loss` maps
+        some rows of both to one number a row, such as `token_kl`.
+        """
+        dtype, block = _compute_dtype(hidden), _block(hidden)
+        hidden, weights = hidden.to(dtype), [None if t is None else t.to(dtype) for t in self.weights()]
+        found = []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
+                logits = _logits(hidden[rows], *weights)[: len(rows)]
+                found += map(loss, wanted(rows).split(block), logits.split(block))
+        return torch.cat(found)
+
+    def loss(self, hidden: Tensor, wanted, loss, rows: Tensor | None = None) -> Tensor:
+        """The sum of `per_token` over `rows` (all of them by default), a scalar with gradient.
 
         The same as summing the loss on the logits of all rows, without ever holding more than CHUNK rows of logits.
         """
         rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
-        return _ChunkedLoss.apply(hidden, *self.weights(), rows, loss)
+        return _ChunkedLoss.apply(hidden, *self.weights(), rows, wanted, loss)
+
+
+def _block(hidden: Tensor) -> int:
+    """Rows that a loss sees at one time: on a CPU few enough for its float32 copies of the logits to stay in the cache."""
+    return 16 if hidden.device.type == "cpu" else 128
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden @ weight.T + bias; the number of rows is padded to a multiple of 64, for each new one compiles a kernel on CPU."""
-    return F.linear(F.pad(hidden, (0, 0, 0, -len(hidden) % 64)), weight, bias)[: len(hidden)]
+    """hidden @ weight.T + bias, with rows added up to a multiple of 64, for each new number compiles a kernel on CPU."""
+    return F.linear(F.pad(hidden, (0, 0, 0, -len(hidden) % 64)), weight, bias)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -197,27 +211,33 @@ class _ChunkedLoss(torch.autograd.Function):
     """Forms the gradients of hidden states and output head chunk by chunk in the forward pass; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, loss):
-        dtype = _compute_dtype(hidden)
-        head = [t.detach().to(dtype).requires_grad_() for t in (weight, bias) if t is not None]
-        grads = [torch.zeros_like(hidden), *(torch.zeros_like(t) for t in (weight, bias) if t is not None)]
+    def forward(ctx, hidden, weight, bias, rows, wanted, loss):
+        dtype, block = _compute_dtype(hidden), _block(hidden)
+        head = weight.to(dtype), None if bias is None else bias.to(dtype)
+        grads = [torch.zeros_like(t) for t in (hidden, weight, bias) if t is not None]
         total = torch.zeros((), device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False), torch.enable_grad():
+        with torch.autocast(hidden.device.type, enabled=False):
             for part in rows.split(CHUNK):
-                chunk = hidden.detach()[part].to(dtype).requires_grad_()
-                part_loss = loss(part, _logits(chunk, *head, *[None] * (2 - len(head)))).sum()
-                grad_chunk, *grad_head = torch.autograd.grad(part_loss, [chunk, *head])
-                grads[0].index_copy_(0, part, grad_chunk.to(hidden.dtype))
-                for grad, new in zip(grads[1:], grad_head, strict=True):
-                    grad += new
-                total += part_loss.detach()
+                states = hidden[part].to(dtype)
+                logits = _logits(states, *head)
+                for some, their in zip(wanted(part).split(block), logits[: len(part)].split(block), strict=True):
+                    leaf = their.detach().requires_grad_()
+                    with torch.enable_grad():
+                        summed = loss(some, leaf).sum()
+                    their.copy_(torch.autograd.grad(summed, leaf)[0])  # the gradient takes the logits' place
+                    total += summed.detach()
+                logits[len(part) :] = 0
+                grads[0].index_copy_(0, part, (logits @ head[0])[: len(part)].to(hidden.dtype))
+                grads[1] += logits.t() @ F.pad(states, (0, 0, 0, len(logits) - len(part)))
+                if bias is not None:
+                    grads[2] += logits.sum(0, dtype=bias.dtype)
         ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
         grads = [grad.mul_(grad_output) for grad in ctx.saved_tensors]
-        return *grads, *[None] * (5 - len(grads))
+        return *grads, *[None] * (6 - len(grads))
 
 
 class _Student(nn.Module):

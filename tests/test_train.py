@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional as F
 
 import train
-from adaspec import adaspec_loss
+from adaspec import adaspec_loss, token_kl
 from data import batches, collate
 from distillspec import DIVERGENCES
-from run_all import cross_entropy, distillation, divergence_from, selective_distillation
+from run_all import cross_entropy, distillation, selective_distillation, target_logits
 
 ROOT = Path(train.__file__).parent
 
@@ -77,17 +77,18 @@ def test_chunked_loss_equals_the_plain_one(make_model, examples, monkeypatch, ar
         loss.backward()
         return torch.cat([p.grad.flatten() for p in draft.parameters()])
 
-    def loss(rows, logits):
-        return DIVERGENCES[name](target_head(target_hidden[rows]), logits)
+    def wanted(rows):
+        return target_head(target_hidden[rows])
 
+    loss = DIVERGENCES[name]
     head = train.Head(draft, 400)
-    chunked = head.loss(train.hidden_states(draft, batch), loss, rows)
+    chunked = head.loss(train.hidden_states(draft, batch), wanted, loss, rows)
     every = torch.arange(len(batch.index)) if rows is None else rows
-    plain = loss(every, draft(batch.input_ids).logits.flatten(0, 1)[batch.index[every], :400]).sum()
+    plain = loss(wanted(every), draft(batch.input_ids).logits.flatten(0, 1)[batch.index[every], :400]).sum()
     torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=0)
     ours, theirs = gradients(3 * chunked), gradients(3 * plain)
     assert (ours - theirs).norm() < 1e-6 * theirs.norm()
-    per_token = head.per_token(train.hidden_states(draft, batch), loss)
+    per_token = head.per_token(train.hidden_states(draft, batch), wanted, loss)
     torch.testing.assert_close(per_token[every].sum(), plain, rtol=1e-6, atol=0)
 
 
@@ -118,7 +119,7 @@ def test_equals_a_plain_loop_written_here(make_model, examples):
 
 
 def reference_kl(reference, target):
-    return lambda batch: reference.head.per_token(reference.hidden(batch), divergence_from(target, batch))
+    return lambda batch: reference.head.per_token(reference.hidden(batch), target_logits(target, batch), token_kl)
 
 
 def objectives(make_model, dtype=torch.float32):
@@ -174,7 +175,7 @@ def test_autocast_types_follow_float32(make_model, examples, dtype, name):
 
 def summed(loss):
     """An objective from loss(logits) of one token each."""
-    return lambda hidden, head, batch: (head.loss(hidden, lambda rows, logits: loss(logits)), len(hidden))
+    return lambda hidden, head, batch: (head.loss(hidden, lambda rows: rows, lambda rows, logits: loss(logits)), len(hidden))
 
 
 def test_float16_skips_overflowing_steps_and_counts_them(make_model, examples):
