@@ -3,6 +3,7 @@
     python bench.py drop-layers --target DIR --out DIR --first 3 --last 3   # a draft made of the target's own layers
     python bench.py decode --target DIR --draft DIR --data-dir DIR --json decode.json
     python bench.py train --data-dir DIR --json train.json                  # our training step against the official one
+    python bench.py scale --json scale.json                                 # its growth with tokens, vocabulary, chunk, ranks
 
 Contestants of a comparison take turns, in an order that rotates, so that whatever else slows the machine slows all; a ratio is
 formed within each round of turns, and reported as the median over rounds with the smallest and the largest.
@@ -10,6 +11,7 @@ formed within each round of turns, and reported as the median over rounds with t
 
 import argparse
 import copy
+import ctypes
 import functools
 import gc
 import json
@@ -18,6 +20,7 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager, nullcontext
@@ -26,6 +29,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.nn import functional as F
@@ -466,6 +470,7 @@ def peak_memory(call, device) -> int:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) * 1024
 
+    ctypes.CDLL(None).malloc_trim(0)  # memory that earlier work has freed would hide what this call takes
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     call()
@@ -698,6 +703,82 @@ def train_command(args) -> None:
     save(args, {"dtype": args.dtype, "rounds": args.rounds, "data": "gsm8k" if rows else "arithmetic"} | found)
 
 
+# scale
+
+
+def scale_command(args) -> None:
+    """How time and memory of our loss step grow with tokens, vocabulary and chunk, and what a second rank brings."""
+    if args.worker:
+        return scale_worker(args)
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), train.DTYPES[args.dtype]
+    small = PAPER | {"rows": 8, "vocab_size": 12576}
+    sweeps = {  # what is swept -> (its value, shape, chunk)
+        "response tokens": [(115 * rows, small | {"rows": rows}, 256) for rows in (4, 8, 16, 32)],
+        "vocabulary": [(size, small | {"vocab_size": size}, 256) for size in (6288, 12576, 25152, 50304)],
+        "chunk": [(chunk, small, chunk) for chunk in (64, 128, 256, 512)],
+    }
+    found = {}
+    for name, points in sweeps.items():
+        calls = {value: chunked_call(shape, dtype, device, chunk) for value, shape, chunk in points}
+        seconds = interleaved(calls, args.rounds, device, dict.fromkeys(calls, 5))
+        least = points[0][0]
+        found[name] = []
+        for value, call in calls.items():
+            time = spread([a / b for a, b in zip(seconds[value], seconds[least], strict=True)])
+            found[name].append({"value": value, "time": time, "peak_MiB": round(peak_memory(call, device) / 2**20)})
+            print(f"{name} {value}: time x {time['median']:.2f} ({time['low']:.2f}-{time['high']:.2f}), "
+                  f"peak memory {found[name][-1]['peak_MiB']} MiB", flush=True)  # fmt: skip
+    efficiency = []
+    for _ in range(args.rounds):
+        one, two = (ranks_seconds(ranks, args.dtype) for ranks in (1, 2))
+        efficiency.append(one / (2 * two))
+    found["parallel efficiency of 2 ranks"] = spread(efficiency)
+    print(
+        "2 gloo ranks against one, one thread each: efficiency {median:.2f} ({low:.2f}-{high:.2f})".format(**spread(efficiency))
+    )
+    save(args, {"dtype": args.dtype, "rounds": args.rounds} | found)
+
+
+def chunked_call(shape, dtype, device, chunk):
+    ours = loss_step_calls(shape, dtype, device)[0]["ours"]
+
+    def call():
+        before, train.CHUNK = train.CHUNK, chunk
+        ours()
+        train.CHUNK = before
+
+    return call
+
+
+def ranks_seconds(ranks: int, dtype: str) -> float:
+    """Seconds that `scale_worker` takes on so many gloo processes with one thread each."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*launcher, __file__, "scale", "--worker", "--dtype", dtype]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return float(subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+
+
+def scale_worker(args) -> None:
+    """Print the seconds of three steps of stage 2 with the paper's draft, 16 rows each, on the ranks torchrun has started."""
+    device, dtype = train.setup(), train.DTYPES[args.dtype]
+    vocabulary, rows, width = 12576, 16, PAPER["target_width"]
+    draft = neox(vocabulary, PAPER["draft_width"], 6, 8, device, seed=2)
+    rng = np.random.default_rng(0)
+    examples = [data.Example(rng.integers(0, vocabulary, 256, dtype=np.int32), PAPER["prompt"]) for _ in range(rows)]
+    head = nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype)
+    hidden = torch.randn(rows * PAPER["length"], width, device=device, dtype=dtype)
+    target_head = train.Head(SimpleNamespace(get_output_embeddings=lambda: head), vocabulary)
+    frozen = SimpleNamespace(hidden=lambda batch: hidden[: len(batch.index)], head=target_head)
+    objective = run_all.selective_distillation(frozen, lambda batch: torch.zeros(len(batch.index), device=device), 0.4)
+    hyper = {"lr": 1e-5, "batch_size": rows, "vocab_size": vocabulary, "dtype": args.dtype}
+    train.train(draft, examples, objective, epochs=1, **hyper)
+    seconds = train.train(draft, examples, objective, epochs=3, **hyper)["seconds"]
+    if train.rank() == 0:
+        print(seconds)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; 0, or 2 after one line on stderr for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -730,12 +811,24 @@ def main(argv: list[str] | None = None) -> int:
     add("--rounds", type=int, default=3)
     add("--json", help="write all figures to this file")
 
+    add = commands.add_parser("scale", help="how a step grows with tokens, vocabulary, chunk and ranks").add_argument
+    add("--dtype", choices=train.DTYPES, default="bfloat16")
+    add("--rounds", type=int, default=3)
+    add("--json", help="write all figures to this file")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args.argv = sys.argv[1:] if argv is None else argv
     try:
-        {"drop-layers": drop_layers_command, "decode": decode_command, "train": train_command}[args.benchmark](args)
+        commands = {
+            "drop-layers": drop_layers_command,
+            "decode": decode_command,
+            "train": train_command,
+            "scale": scale_command,
+        }
+        commands[args.benchmark](args)
     except (ValueError, OSError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
