@@ -6,7 +6,9 @@ loss are exactly the response and the end token: prompt and response are tokenis
 """
 
 import hashlib
+import os
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["TASKS", "Example", "batches", "collate", "encode", "load_rows", "train_tokenizer"]
+__all__ = ["TASKS", "Example", "batches", "collate", "encode", "encode_once", "load_rows", "train_tokenizer", "write_file"]
 
 HELD_OUT = 500  # rows (at most a tenth) carved off the end of train for each split that a source does not have
 
@@ -254,6 +256,44 @@ def digest(examples: Sequence[Example]) -> str:
     for example in examples:
         sha.update(np.int32([example.prompt_length, len(example.input_ids)]).tobytes() + example.input_ids.tobytes())
     return sha.hexdigest()[:16]
+
+
+def encode_once(folder: Path, task: str, rows: Sequence[dict], tokenizer, max_length: int = 512) -> tuple[list[Example], int]:
+    """`encode`, from a file in `folder` if these texts were tokenised before in the same way.
+
+    A file that does not hold what was written into it is reported (in a warning) and made again.
+    """
+    spec, key = TASKS[task], hashlib.sha256()
+    for text in (tokenizer.backend_tokenizer.to_str(), str((task, max_length, tokenizer.eos_token_id))):
+        key.update(text.encode() + b"\0")
+    for row in rows:
+        key.update(spec.prompt(row).encode() + b"\0" + spec.response(row).encode() + b"\0")
+    path = Path(folder, f"{key.hexdigest()[:32]}.tokens")
+    if path.is_file():
+        content = bytearray(path.read_bytes())  # writable, as torch wants its arrays
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            dropped, count, *_ = numbers = np.frombuffer(content, np.int32, offset=32)
+            lengths, prompt_lengths = numbers[2 : 2 + 2 * count].reshape(2, count)
+            ids = np.split(numbers[2 + 2 * count :], np.cumsum(lengths)[:-1]) if count else []
+            return [Example(*pair) for pair in zip(ids, prompt_lengths.tolist(), strict=True)], int(dropped)
+        warnings.warn(f"{path} is damaged: tokenising anew", stacklevel=2)
+    examples, dropped = encode(task, rows, tokenizer, max_length)
+    lengths, prompt_lengths = [len(e.input_ids) for e in examples], [e.prompt_length for e in examples]
+    numbers = np.concatenate([[dropped, len(examples)], lengths, prompt_lengths, *(e.input_ids for e in examples)])
+    content = numbers.astype(np.int32).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, lambda file: file.write(hashlib.sha256(content).digest() + content))
+    return examples, dropped
+
+
+def write_file(path: Path, write: Callable) -> None:
+    """write(file) into a new file, which takes the name `path` once it is whole and on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def collate(examples: Sequence[Example], multiple: int = 32) -> tuple[Tensor, Tensor]:

@@ -12,15 +12,20 @@ taken over the micro-batches that all ranks process at the same time.
 """
 
 import argparse
+import fcntl
 import functools
 import hashlib
 import json
+import os
 import platform
 import shlex
 import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -153,31 +158,62 @@ def versions() -> dict:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+def git_commit() -> str:
+    """The commit of this code, with "-dirty" where it was changed since; "unknown" outside a git repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def fingerprint(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stage(folder: Path, settings: dict, tokenizer, work) -> tuple[Path, str]:
-    """Run `work() -> (model, summary)` and save its model in `folder`, unless the folder holds that of equal settings.
+    """Run `work(fingerprint of settings) -> (model, summary)` and save its model in `folder`, unless that holds it already.
 
-    Returns the folder and the settings' fingerprint, which stages that build on this one put among their own settings.
+    A folder is used again if its `stage.json` names equal settings and its files are what was written then. Returns the folder
+    and the settings' fingerprint, which stages that build on this one put among their own settings.
     """
-    mark, note = fingerprint(settings), folder / "stage.json"
-    if train.agreed(note.is_file() and json.loads(note.read_text())["fingerprint"] == mark):
+    mark = fingerprint(settings)
+    if train.agreed(train.rank() == 0 and finished(folder, mark)):
         say(f"  {folder.name}: done before")
         return folder, mark
-    model, summary = work()
+    model, summary = work(mark)
     if train.rank() == 0:
         partial = folder.with_name(folder.name + ".partial")
         for old in (partial, folder):
             shutil.rmtree(old, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        made_by = {"fingerprint": mark, "settings": settings, "summary": summary, "versions": versions()}
-        write(partial / "stage.json", made_by)
+        files = sorted(path for path in partial.iterdir() if path.is_file())
+        for path in files:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        made_by = {"fingerprint": mark, "settings": settings, "summary": summary, "versions": versions(), "git": git_commit()}
+        write(partial / "stage.json", made_by | {"files": {path.name: train.checksum(path) for path in files}})
         partial.rename(folder)  # only a whole folder ever carries the name
+        shutil.rmtree(checkpoint_folder(folder), ignore_errors=True)
     say(f"  {folder.name}: {summary['steps']} steps, last loss {summary['loss']:.4f}, {summary['seconds']} s")
     return train.agreed((folder, mark))
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".checkpoints")
+
+
+def finished(folder: Path, mark: str) -> bool:
+    """Whether the folder holds a stage of this fingerprint, whole; says so where it is damaged."""
+    made_by = read(folder / "stage.json")
+    if made_by.get("fingerprint") != mark:
+        return False
+    for name, sha in made_by["files"].items():
+        if not (folder / name).is_file() or train.checksum(folder / name) != sha:
+            say(f"  {folder / name} is damaged: training the stage anew")
+            return False
+    return True
 
 
 def resolve(name: str, models_dir: str | None) -> str:
@@ -196,10 +232,27 @@ def identity(name: str) -> str:
 
 
 def write(path: Path, content: dict) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)
+    """Write JSON with its checksum, so that the file is either the old one or the whole new one."""
+    content = {"sha256": content_checksum(content)} | content
+    data.write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def read(path: Path) -> dict:
+    """What `write` wrote; {} where there is no such file or, said aloud, a damaged one."""
+    try:
+        content = json.loads(path.read_text())
+        if content.pop("sha256") == content_checksum(content):
+            return content
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, KeyError):
+        pass
+    say(f"  {path} is damaged: not used")
+    return {}
+
+
+def content_checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def shared_tokenizer(target: str, draft: str):
@@ -238,8 +291,13 @@ class Cell:
             self.names = [resolve(name, args.models_dir) for name in (self.pair.target, self.pair.draft)]
             self.tokenizer = shared_tokenizer(*self.names)
         test_rows = data.load_rows(task, "test", args.data_dir, args.eval_prompts)
-        self.examples, dropped = data.encode(task, rows, self.tokenizer, args.max_length)
-        self.test, test_dropped = data.encode(task, test_rows, self.tokenizer, args.max_length)
+        for turn in (0, 1):  # rank 0 tokenises, the others read what it has written
+            if turn == (train.rank() > 0):
+                (self.examples, dropped), (self.test, test_dropped) = (
+                    data.encode_once(Path(args.out, "tokenised"), task, some, self.tokenizer, args.max_length)
+                    for some in (rows, test_rows)
+                )
+            train.agreed(None)
         say(
             f"\n{pair_name} / {task} / seed {seed}: {len(self.examples)} train rows, {len(self.test)} test prompts "
             f"({dropped} and {test_dropped} rows dropped: no response within {args.max_length} tokens)"
@@ -263,9 +321,11 @@ class Cell:
         hyper = {"lr": lr, "epochs": epochs, "batch_size": batch_size or self.plan["batch_size"], "seed": self.seed}
         hyper |= {"dtype": args.dtype, "max_steps": args.max_steps}
 
-        def work():
+        def work(mark):
             model = make_model().to(self.device)
             how = {"vocab_size": len(self.tokenizer), "micro_batch": args.micro_batch, "name": f"{self.task} {name}"}
+            checkpoints = train.Checkpoints(checkpoint_folder(self.folder / name), mark)
+            how |= {"checkpoints": checkpoints, "save_minutes": args.save_minutes}
             return model, train.train(model, examples or self.examples, objective(), **hyper, **how)
 
         settings = {"stage": name, "init": init, "data": self.digest, **hyper, **made_of}
@@ -294,7 +354,7 @@ class Cell:
             train.shard_layers(teacher.model)
         cache = self.cache("target", mark, teacher.head.linear.weight.shape[1], self.dtype)
         if cache:
-            teacher.use(cache, self.rows_at_once(), f"{self.task} target cache")
+            teacher.use(cache, self.rows_at_once(), f"{self.task} target cache", self.args.save_minutes)
         return teacher
 
     def selection(self, target, reference):
@@ -307,7 +367,8 @@ class Cell:
         cache = self.cache("reference", target[1] + reference[1], 1, torch.float32)
         if not cache:
             return selective_distillation(teacher, reference_kl, self.args.k)
-        cache.fill(reference_kl, self.device, self.rows_at_once(), f"{self.task} reference cache")
+        fill = self.rows_at_once(), f"{self.task} reference cache", self.args.save_minutes
+        cache.fill(reference_kl, self.device, *fill)
         return selective_distillation(teacher, lambda batch: cache.read(batch).squeeze(1), self.args.k)
 
     def rows_at_once(self) -> int:
@@ -365,16 +426,16 @@ class Cell:
         protocol |= {flag: getattr(self.args, flag) for flag in flags} | {"device": self.device.type} | versions()
         marks = {"target": target[1], "test": data.digest(self.test), **{name: mark for name, (_, mark) in drafts.items()}}
         mark, note = fingerprint(protocol | marks), self.folder / "evaluation.json"
-        saved = train.agreed(json.loads(note.read_text()) if note.is_file() else {})
+        saved = train.agreed(read(note) if train.rank() == 0 else {})
         if saved.get("fingerprint") == mark:
             return saved["rows"]
         models = {name: self.load(path, self.dtype) for name, (path, _) in drafts.items()}
-        asked, label = self.load(target[0], self.dtype), f"{self.task} evaluation"
+        asked, label, started = self.load(target[0], self.dtype), f"{self.task} evaluation", time.time()
         rows = evaluate(asked, models, self.test, self.tokenizer, self.args, self.seed, label)
         protocol |= {"ranks": train.world_size()}
         rows = train.agreed([protocol | row for row in rows])  # rank 0's have the timings
         if train.rank() == 0:
-            write(note, {"fingerprint": mark, "rows": rows})
+            write(note, {"fingerprint": mark, "git": git_commit(), "seconds": round(time.time() - started), "rows": rows})
         return rows
 
 
@@ -398,6 +459,7 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
     for temperature in (0.0, 1.0):
         found = {draft: ([], [], []) for draft in drafts}  # of this rank: Stats by prompt; overlap and agreement by token
         for number, group in enumerate(groups):
+            train.check_stop()
             bar.update()
             if number % train.world_size() != train.rank():
                 continue
@@ -447,6 +509,7 @@ def timings(target, drafts, prompts, temperature, gamma, seed, common, bar) -> d
     alone, device = object(), target.device
     rates = {draft: [] for draft in (alone, *drafts)}
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first one twice: its first run is the warm-up
+        train.check_stop()
         for draft, found in rates.items():
             sampling = {"temperature": temperature, "generator": torch.Generator(device).manual_seed(seed + number), **common}
             start = clock(device)
@@ -519,6 +582,7 @@ def parse(argv=None):
     add("--max-steps", type=int, help="cut every stage short")
     add("--max-length", type=int, default=512, help="tokens of a training row")
     add("--cache-gb", type=float, default=100.0, help="bound on the target's cached hidden states; 0: no cache")
+    add("--save-minutes", type=float, default=10.0, help="how often the state of a running stage is saved")
     add("--shard-target", action="store_true", help="spread the frozen target's layers over the ranks (FSDP)")
     add("--dtype", choices=train.DTYPES, help="default bfloat16 on GPU, float32 on CPU")
     add("--gamma", type=int, default=5, help="tokens drafted a round")
@@ -536,7 +600,7 @@ def parse(argv=None):
     for flag, value in vars(args).items():
         if type(value) is int and value < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
-    for flag in ("lr", "target_lr", "cache_gb"):
+    for flag in ("lr", "target_lr", "cache_gb", "save_minutes"):
         if getattr(args, flag) is not None and not 0 <= getattr(args, flag) < float("inf"):
             parser.error(f"--{flag.replace('_', '-')} must be at least 0, got {getattr(args, flag)}")
     if not 0 < args.k <= 1:
@@ -546,6 +610,26 @@ def parse(argv=None):
     if "custom" in args.pairs and not (args.target and args.draft):
         parser.error("--pairs custom needs --target and --draft")
     return args
+
+
+@contextmanager
+def locked(out: Path):
+    """Hold `out` for this run alone. Raises ValueError where another run holds it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+        except BlockingIOError:
+            raise ValueError(f"another run is using {out}: wait for it, or give another --out") from None
+        yield
+
+
+def write_results(args, started: float) -> Path:
+    """Put the rows of every cell there is under --out, not only this command's, into results.json."""
+    path, cells = Path(args.out, "results.json"), [read(note) for note in sorted(Path(args.out).rglob("evaluation.json"))]
+    made_by = {"command": shlex.join(sys.argv), "seconds": round(time.time() - started), "git": git_commit(), **versions()}
+    write(path, made_by | {"rows": [row for cell in cells for row in cell.get("rows", [])]})
+    return path
 
 
 def main(argv=None) -> None:
@@ -558,27 +642,36 @@ def main(argv=None) -> None:
         transformers.logging.set_verbosity_error()
     if args.shard_target and not dist.is_initialized():
         raise ValueError("--shard-target spreads the target over ranks: start with torchrun")
-    rows, path = [], Path(args.out, "results.json")
-    for pair in args.pairs:
-        for task in args.tasks:
-            for seed in args.seeds:
-                rows += Cell(pair, task, seed, args, device).run()
-                if train.rank() == 0:  # every cell there is under --out, not only this command's
-                    cells = [json.loads(note.read_text())["rows"] for note in sorted(Path(args.out).rglob("evaluation.json"))]
-                    seconds = round(time.time() - started)
-                    write(
-                        path,
-                        {"command": shlex.join(sys.argv), "seconds": seconds, "rows": [row for cell in cells for row in cell]},
-                    )
+    rows, path = [], None
+    with locked(Path(args.out)) if train.rank() == 0 else nullcontext():
+        for pair in args.pairs:
+            for task in args.tasks:
+                for seed in args.seeds:
+                    rows += Cell(pair, task, seed, args, device).run()
+                    path = write_results(args, started) if train.rank() == 0 else None
     say(f"\n{table(rows)}\n\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`main`, with what can go wrong said in one line: exit code 130 after Ctrl-C, 143 after SIGTERM, 1 after an error."""
+    who = f"run_all.py (rank {os.environ['RANK']})" if "RANK" in os.environ else "run_all.py"
+    train.stop_on_signals()
     try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("run_all.py: interrupted; the same command goes on with the stages that are not done")
+        return main()
+    except (train.Stopped, KeyboardInterrupt) as stopped:
+        name = str(stopped) or "SIGINT"
+        code, message = 128 + signal.Signals[name], f"stopped by {name}; the same command goes on from the saved state"
     except (ValueError, OSError, train.NonFiniteError) as error:
-        sys.exit(f"run_all.py: error: {error}")
+        code, message = 1, f"error: {error}"
+    except RuntimeError as error:
+        if not (dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))):
+            raise
+        code, message = 1, "another rank is gone, torchrun names it; the same command goes on from the last saved state"
+    print(f"{who}: {message}", file=sys.stderr, flush=True)
+    os._exit(code)  # without waiting for other ranks
+
+
+if __name__ == "__main__":
+    command()

@@ -14,9 +14,11 @@ over the data once: `TokenCache` keeps the target's last hidden state, whose pro
 the reference's KL. And right-padded batches need no attention mask, since causal attention never looks right.
 """
 
+import hashlib
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,9 +33,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Example, batches, collate
+from data import Example, batches, collate, write_file
 
-__all__ = ["Batch", "Frozen", "Head", "NonFiniteError", "TokenCache", "gather_ragged", "setup", "train"]
+__all__ = ["Batch", "Frozen", "Head", "NonFiniteError", "Stopped", "TokenCache", "gather_ragged", "setup", "train"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 256  # response tokens whose logits exist at one time
@@ -41,6 +43,70 @@ CHUNK = 256  # response tokens whose logits exist at one time
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient became infinite or NaN."""
+
+
+# Stopping and going on
+
+
+class Stopped(Exception):
+    """A signal has asked the run to stop, and what was done so far is on the disk."""
+
+
+asked_to_stop: signal.Signals | None = None
+
+
+def stop_on_signals() -> None:
+    """Let SIGTERM and Ctrl-C end loops at a point where they can save their state and raise `Stopped`; a second one kills."""
+
+    def notice(number, frame):
+        global asked_to_stop
+        asked_to_stop = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, notice)
+
+
+def check_stop() -> None:
+    if asked_to_stop:
+        raise Stopped(asked_to_stop.name)
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Checkpoints:
+    """The state of an unfinished stage, in `folder`: the last two generations, each a file of `torch.save` and a note of its
+    checksum and of the `fingerprint` of the stage it belongs to. Rank 0 writes; the disk is one that all ranks see."""
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder, self.fingerprint = Path(folder), fingerprint
+
+    def save(self, step: int, state: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{step:09d}.pt"
+        write_file(path, lambda file: torch.save(state, file))
+        note = json.dumps({"fingerprint": self.fingerprint, "sha256": checksum(path)}).encode()
+        write_file(path.with_suffix(".json"), lambda file: file.write(note))
+        for old in sorted(self.folder.glob("*.pt"))[:-2]:
+            old.with_suffix(".json").unlink(missing_ok=True)
+            old.unlink()
+
+    def newest(self) -> Path | None:
+        """The newest generation that is whole; says so where it has to pass one over."""
+        for path in sorted(self.folder.glob("*.pt"), reverse=True):
+            try:
+                note = json.loads(path.with_suffix(".json").read_text())
+                if note["fingerprint"] != self.fingerprint:
+                    return None
+                if note["sha256"] == checksum(path):
+                    return path
+            except (OSError, ValueError, KeyError, TypeError):  # no note, or a damaged one
+                pass
+            tqdm.write(f"  {path} is damaged or was cut short: going back to the state before it")
+        return None
 
 
 # Ranks
@@ -72,6 +138,14 @@ def agreed(value):
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value) -> list:
+    """Every rank's value, on every rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def gather_ragged(values: Tensor) -> tuple[Tensor, slice]:
@@ -258,8 +332,9 @@ class _Student(nn.Module):
 class TokenCache:
     """Values of every response token of a data set, [tokens, width], in memory-mapped files: one a rank, read by all ranks.
 
-    `folder` must be on a disk that all ranks see. A cache counts as made only once its `cache.json` carries `fingerprint`
-    (which stands for the frozen model, the tokenised rows and the dtype), and that is written last.
+    `folder` must be on a disk that all ranks see. Beside each file lies a note of how many rows are in it, and their checksum:
+    an unfinished one is gone on with, a finished one is checked before use, and one that is damaged or carries another
+    `fingerprint` (which stands for the frozen model, the tokenised rows and the dtype) is made anew.
     """
 
     def __init__(self, folder: Path, fingerprint: str, examples: Sequence[Example], width: int, dtype: torch.dtype):
@@ -269,36 +344,89 @@ class TokenCache:
         self.bytes = sum(self.counts) * width * dtype.itemsize
         self.shards: list[Tensor] = []
 
-    def fill(self, compute: Callable[[Batch], Tensor], device: torch.device, rows_at_once: int, name: str) -> None:
-        """Make the files with compute(batch) -> [N, width], each rank its share of the examples, or open those there are."""
-        note = self.folder / "cache.json"
-        made = json.loads(note.read_text()) if rank() == 0 and note.is_file() else {}
-        world = agreed(made["world_size"] if made.get("fingerprint") == self.fingerprint else None)
-        if world is None:
+    def fill(self, compute, device: torch.device, rows_at_once: int, name: str, save_minutes: float = 10) -> None:
+        """Make the files, each rank its share of the examples, with compute(batch) -> [N, width], or open those there are."""
+        files = len(list(self.folder.glob("*.bin")))
+        notes = [self._note(shard, files) for shard in range(files)]
+        whole = files and all(note and note["rows"] == len(self._order(r, files)) for r, note in enumerate(notes))
+        world = agreed(files if whole else 0)
+        if world and not all(gather_objects(all(self._sound(r, world) for r in range(rank(), world, world_size())))):
+            world = 0
+        if not world:
             world = world_size()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            note.unlink(missing_ok=True)
-            agreed(None)
-            self._write(compute, device, rows_at_once, name)
-            agreed(None)
-            if rank() == 0:
-                partial = note.with_suffix(".partial")
-                partial.write_text(json.dumps({"fingerprint": self.fingerprint, "world_size": world}))
-                partial.replace(note)
+            self._write(compute, device, rows_at_once, name, save_minutes)
+            gather_objects(None)  # wait for all
         self.starts, self.shards = self._starts(world), [self._map(r, world) for r in range(world)]
 
-    def _write(self, compute, device, rows_at_once, name):
-        starts, shard = self._starts(world_size()), self._map(rank(), world_size(), create=True)
-        own = sorted(range(rank(), len(self.examples), world_size()), key=lambda i: -len(self.examples[i].input_ids))
-        rounds = -(-len(self.examples) // (world_size() * rows_at_once))  # as many on every rank: a sharded model needs all
-        bar = tqdm(total=len(own), desc=name, unit="row", delay=2, disable=rank() != 0, dynamic_ncols=True)
-        for i in range(rounds):
-            rows = own[i * rows_at_once :][:rows_at_once] or own[:1]
-            values = compute(make_batch(self.examples, rows, device)).reshape(-1, self.width).to("cpu", self.dtype)
-            for row, part in zip(rows, values.split([self.counts[row] for row in rows]), strict=True):
-                shard[starts[row] : starts[row] + len(part)] = part
-            bar.update(len(rows))
+    def _write(self, compute, device, rows_at_once, name, save_minutes):
+        world, path = world_size(), self.folder / f"{rank()}.bin"
+        own, starts = self._order(rank(), world), self._starts(world)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if rank() == 0:
+            for other in self.folder.glob("*.bin"):
+                if int(other.stem) >= world:  # made by more ranks than there are now
+                    other.unlink()
+        note = self._note(rank(), world)
+        if not (note and self._sound(rank(), world)):
+            note = {"rows": 0}
+            path.unlink(missing_ok=True)
+            with open(path, "wb") as file:
+                if hasattr(os, "posix_fallocate") and own:  # a full disk is an error here, and would be a crash (SIGBUS) later
+                    os.posix_fallocate(file.fileno(), 0, self._size(rank(), world))
+        first = min(gather_objects(note["rows"] // rows_at_once))
+        values, sha, saved = self._map(rank(), world, write=True), hashlib.sha256(), time.monotonic()
+        for row in own[: first * rows_at_once]:
+            sha.update(self._bytes(values, starts, row))
+        rounds = -(-len(self.examples) // (world * rows_at_once))  # as many on every rank: a sharded model needs all
+        bar = tqdm(total=rounds, initial=first, desc=name, unit="batch", delay=2, disable=rank() != 0, dynamic_ncols=True)
+        for i in range(first, rounds):
+            rows = own[i * rows_at_once :][:rows_at_once]
+            new = compute(make_batch(self.examples, rows or own[:1], device)).reshape(-1, self.width).to("cpu", self.dtype)
+            for row, part in zip(rows, new.split([self.counts[row] for row in rows]) if rows else [], strict=True):
+                values[starts[row] : starts[row] + len(part)] = part
+                sha.update(self._bytes(values, starts, row))
+            bar.update()
+            if asked_to_stop or i == rounds - 1 or time.monotonic() - saved > 60 * save_minutes:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                done = min((i + 1) * rows_at_once, len(own))
+                note = {"fingerprint": self.fingerprint, "ranks": world, "rows": done, "sha256": sha.hexdigest()}
+                write_file(path.with_suffix(".json"), lambda file, note=note: file.write(json.dumps(note).encode()))
+                saved = time.monotonic()
+                if i < rounds - 1:
+                    check_stop()
         bar.close()
+
+    def _note(self, shard: int, world: int) -> dict | None:
+        """What the note beside a file says, if it is of this cache and of so many ranks."""
+        try:
+            note = json.loads((self.folder / f"{shard}.json").read_text())
+            same = note["fingerprint"] == self.fingerprint and note["ranks"] == world
+            return note if same and 0 <= note["rows"] <= len(self._order(shard, world)) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _sound(self, shard: int, world: int) -> bool:
+        """Whether a file holds what its note says; says so where it does not."""
+        path, note = self.folder / f"{shard}.bin", self._note(shard, world)
+        if path.is_file() and path.stat().st_size == self._size(shard, world):
+            starts, values, sha = self._starts(world), self._map(shard, world), hashlib.sha256()
+            for row in self._order(shard, world)[: note["rows"]]:
+                sha.update(self._bytes(values, starts, row))
+            if sha.hexdigest() == note["sha256"]:
+                return True
+        tqdm.write(f"  {path} is damaged: computing it anew")
+        return False
+
+    def _size(self, shard: int, world: int) -> int:
+        return sum(self.counts[shard::world]) * self.width * self.dtype.itemsize
+
+    def _bytes(self, shard: Tensor, starts: list[int], row: int):
+        return shard[starts[row] : starts[row] + self.counts[row]].view(torch.uint8).numpy()
+
+    def _order(self, shard: int, world: int) -> list[int]:
+        """The examples of a shard in the order they are computed: long ones first, so that batches waste no padding."""
+        return sorted(range(shard, len(self.examples), world), key=lambda row: -len(self.examples[row].input_ids))
 
     def _starts(self, world: int) -> list[int]:
         """Where each example's tokens begin in its shard; shard r holds the examples r, r + world, ..."""
@@ -308,11 +436,9 @@ class TokenCache:
             ends[row % world] += count
         return starts
 
-    def _map(self, shard: int, world: int, create: bool = False) -> Tensor:
+    def _map(self, shard: int, world: int, write: bool = False) -> Tensor:
         path, tokens = self.folder / f"{shard}.bin", sum(self.counts[shard::world])
-        if create:
-            path.unlink(missing_ok=True)
-        return torch.from_file(str(path), shared=create, size=tokens * self.width, dtype=self.dtype).view(tokens, self.width)
+        return torch.from_file(str(path), shared=write, size=tokens * self.width, dtype=self.dtype).view(tokens, self.width)
 
     def read(self, batch: Batch) -> Tensor:
         """The batch's values [N, width] on its device, in the order of `batch.index`."""
@@ -335,9 +461,9 @@ class Frozen:
         with torch.autocast(batch.input_ids.device.type, enabled=False):  # its weights have the training dtype already
             return hidden_states(self.model, batch)
 
-    def use(self, cache: TokenCache, rows_at_once: int, name: str) -> None:
-        """Answer from `cache` from now on, making it first where need be; the trunk is let go."""
-        cache.fill(self.hidden, self.model.device, rows_at_once, name)
+    def use(self, cache: TokenCache, *fill) -> None:
+        """Answer from `cache` from now on, making it first where need be (`TokenCache.fill`); the trunk is let go."""
+        cache.fill(self.hidden, self.model.device, *fill)
         self.cache, self.model = cache, None
 
 
@@ -351,6 +477,17 @@ def shard_layers(model: nn.Module) -> None:
 
 
 # The loop
+
+
+def random_state(device: torch.device) -> dict:
+    """The state of the generators that a step draws from: dropout alone, the order of the rows hangs on seed and epoch."""
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def train(
@@ -369,12 +506,16 @@ def train(
     weight_decay: float = 0.1,
     clip: float = 1.0,
     name: str = "train",
+    checkpoints: Checkpoints | None = None,
+    save_minutes: float = 10,
 ) -> dict:
     """Train `model` (float32 weights, in place) with AdamW at a constant rate; returns a summary (steps, tokens, loss, ...).
 
     `batch_size` counts the rows of an optimiser step over all ranks, `micro_batch` those of one forward on one rank. `dtype`
     is the autocast type: float32, bfloat16, or float16 (with a GradScaler; steps it skips are counted). Matrices decay, biases
-    and norms do not. Raises NonFiniteError naming stage, step and rows; ValueError where ranks outnumber a batch's rows.
+    and norms do not. With `checkpoints` the state is saved every `save_minutes` and when a signal asks to stop, and training
+    goes on from the newest state there is, to the very weights that it would have reached undisturbed. Raises NonFiniteError
+    naming stage, step and rows; Stopped after a signal; ValueError where ranks outnumber a batch's rows.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -394,13 +535,36 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
     order = [(epoch, rows) for epoch in range(epochs) for rows in batches(lengths, batch_size, seed, epoch)][:max_steps]
-    summary = {"steps": 0, "skipped_steps": 0, "tokens": 0, "loss_tokens": 0, "loss": math.nan}
-    started = time.perf_counter()
-    bar = tqdm(total=len(order), desc=name, unit="step", delay=2, disable=rank() != 0, dynamic_ncols=True)
-    for step, (epoch, rows) in enumerate(order):
+    summary = {"steps": 0, "skipped_steps": 0, "tokens": 0, "loss_tokens": 0, "loss": math.nan, "seconds": 0.0}
+    found = agreed(checkpoints.newest() if checkpoints and rank() == 0 else None)
+    if found:
+        state = torch.load(found, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        summary = state["summary"]
+        if len(state["random"]) == world_size():  # on another number of ranks, dropout goes on from the seed
+            set_random_state(state["random"][rank()], device)
+        if rank() == 0:
+            tqdm.write(f"  {name}: going on after step {summary['steps']}")
+    started, saved = time.perf_counter() - summary["seconds"], time.monotonic()
+
+    def save():
+        random_states = gather_objects(random_state(device))
+        if rank() == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            summary["seconds"] = time.perf_counter() - started
+            checkpoints.save(summary["steps"], state | {"random": random_states, "summary": summary})
+
+    bar = tqdm(
+        total=len(order), initial=summary["steps"], desc=name, unit="step", delay=2, disable=rank() != 0, dynamic_ncols=True
+    )
+    for step, (epoch, rows) in enumerate(order[summary["steps"] :], summary["steps"]):
         # one constant for all ranks keeps the summed loss small enough for float16; the exact count divides below
         scale = 1.0 / sum(lengths[i] for i in rows)
-        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, loss-bearing tokens
+        due = rank() == 0 and time.monotonic() - saved > 60 * save_minutes
+        # loss, loss-bearing tokens, and what all ranks must agree on: whether to save now, whether to stop
+        sums = torch.tensor([0, 0, due, bool(asked_to_stop)], dtype=torch.float64, device=device)
         parts = micro_batches(rows, micro_batch)
         for i, part in enumerate(parts):
             batch = make_batch(examples, part, device)
@@ -409,7 +573,7 @@ def train(
                 with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
                     loss, count = student(batch)
                 scaler.scale(loss * scale).backward()
-            sums += torch.stack([loss.detach().double(), torch.as_tensor(count, device=device).double()])
+            sums[:2] += torch.stack([loss.detach().double(), torch.as_tensor(count, device=device).double()])
         if world_size() > 1:
             dist.all_reduce(sums)
         scaler.unscale_(optimizer)
@@ -417,7 +581,7 @@ def train(
         grads = [p.grad for p in weights if p.grad is not None]
         norm = nn.utils.get_total_norm(grads) * factor
         torch._foreach_mul_(grads, factor * (clip / (norm + 1e-6)).clamp_max(1.0))  # the division and the clipping at once
-        total, count, norm = torch.stack([*sums, norm.double()]).tolist()  # the step's one wait for the device
+        total, count, due, stop, norm = torch.stack([*sums, norm.double()]).tolist()  # the step's one wait for the device
         if not math.isfinite(total) or not (math.isfinite(norm) or scaler.is_enabled()):
             what = "loss" if not math.isfinite(total) else "gradient norm"
             raise NonFiniteError(f"{name}: {what} is not finite in step {step + 1} (epoch {epoch + 1}, rows {sorted(rows)})")
@@ -433,6 +597,12 @@ def train(
         rate = summary["tokens"] / (time.perf_counter() - started)
         bar.set_postfix_str(f"loss {summary['loss']:.4f}, {rate:,.0f} tok/s", refresh=False)
         bar.update()
+        if (due or stop) and step + 1 < len(order):
+            if checkpoints:
+                save()
+                saved = time.monotonic()
+            if stop:
+                raise Stopped((asked_to_stop or signal.SIGTERM).name)
     bar.close()
     model.eval()
     return summary | {"seconds": round(time.perf_counter() - started, 1)}

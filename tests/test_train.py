@@ -287,7 +287,7 @@ def test_two_ranks_share_one_cache_and_a_sharded_target_gives_the_same(make_mode
     assert done.returncode == 0, done.stderr[-3000:]
     whole, sharded = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "sharded"))
     assert torch.equal(whole, sharded) and len(whole) > 500 and whole.abs().sum(1).min() > 0
-    assert [path.name for path in sorted((tmp_path / "whole").iterdir())] == ["0.bin", "1.bin", "cache.json"]
+    assert [path.name for path in sorted((tmp_path / "whole").iterdir())] == ["0.bin", "0.json", "1.bin", "1.json"]
 
 
 def test_seed_decides_everything(make_model, examples):
