@@ -598,11 +598,11 @@ def check_model(name):
         raise ValueError(f"no such folder: {name}")
     with _loading("a causal language model", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kinds = ", ".join(config.architectures or ["LMHeadModel"])
+        if not re.search("ForCausalLM|LMHeadModel|ForConditionalGeneration", kinds):
+            raise ValueError(f"config.json says {kinds}, which is none")  # BERT would load, and see the future
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        kinds = config.architectures or [type(model).__name__]
-        if not any(kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for kind in kinds):
-            raise ValueError(f"config.json says {', '.join(kinds)}, which is none")  # BERT would load and see the future
         stored = {}
         for file in _weight_files(name):
             with _loading("weights", Path(file).name):
