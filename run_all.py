@@ -35,7 +35,7 @@ import torch.distributed as dist
 import transformers
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 import data
 import train
@@ -75,7 +75,7 @@ PAIRS = {
     ),
 }
 SCRATCH = {"lr": 2e-3, "epochs": 2, "batch_size": 16}  # pretraining of a pair that is given by sizes, on whole train rows
-SCRATCH_VOCABULARY, SCRATCH_CONTEXT = 512, 1024
+SCRATCH_VOCABULARY = 512
 
 # The paper's hyper-parameters: batch, then for each pair the learning rate of reference and draft, and the epochs of target,
 # reference and draft in the optimal regime. The 3-epoch regime has 3 epochs everywhere, and the same learning rates.
@@ -277,14 +277,10 @@ def shared_tokenizer(target: str, draft: str):
     return tokenizer
 
 
-def context_length(name: str) -> int:
-    return getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "max_position_embeddings", sys.maxsize)
-
-
 def scratch_model(sizes: dict, tokenizer, seed: int):
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
-    sizes = {"intermediate_size": 4 * sizes["hidden_size"], "max_position_embeddings": SCRATCH_CONTEXT, **sizes}
+    sizes = {"intermediate_size": 4 * sizes["hidden_size"], "max_position_embeddings": 1024, **sizes}
     config = GPTNeoXConfig(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **sizes)
     return AutoModelForCausalLM.from_config(config)
 
@@ -302,8 +298,12 @@ class Cell:
         self.scratch = isinstance(self.pair.target, dict)
         if self.scratch:
             self.tokenizer = data.train_tokenizer([spec.prompt(row) + spec.response(row) for row in rows], SCRATCH_VOCABULARY)
+            self.names, sizes = [f"{pair_name}'s target", f"{pair_name}'s draft"], [self.pair.target, self.pair.draft]
+            with torch.device("meta"):
+                self.models = [scratch_model(size, self.tokenizer, seed) for size in sizes]
         else:
             self.names = [resolve(name, args.models_dir) for name in (self.pair.target, self.pair.draft)]
+            self.models = [check_model(name) for name in self.names]  # without weights
             self.tokenizer = shared_tokenizer(*self.names)
         test_rows = data.load_rows(task, "test", args.data_dir, args.eval_prompts)
         for turn in (0, 1):  # rank 0 tokenises, the others read what it has written
@@ -320,8 +320,8 @@ class Cell:
         if not self.examples or not self.test:
             raise ValueError(f"{task}: no rows are left within {args.max_length} tokens; raise --max-length")
         longest = max(example.prompt_length for example in self.test) + args.max_new_tokens
-        contexts = {pair_name: SCRATCH_CONTEXT} if self.scratch else {name: context_length(name) for name in self.names}
-        for name, context in contexts.items():
+        for name, model in zip(self.names, self.models, strict=True):
+            context = getattr(model.config, "max_position_embeddings", sys.maxsize)
             if context < max(longest, args.max_length):
                 raise ValueError(
                     f"{name} has a context of {context} tokens; --max-length is {args.max_length}, and the longest test prompt "
@@ -584,8 +584,10 @@ def some_of(valid):
 def rank_0_first() -> None:
     """Let rank 0 speak first, upon whose end torchrun ends the others: what is wrong on every rank is said once."""
     if int(os.environ.get("RANK", 0)):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
+        for _ in range(50):
+            if train.asked_to_stop:
+                os._exit(128 + train.asked_to_stop)
+            time.sleep(0.1)
 
 
 def parse(argv=None):
@@ -668,22 +670,14 @@ def writable(out: Path) -> None:
         raise ValueError(f"--out {out} is no folder to write to ({error.strerror}); give another") from error
 
 
-def shapes(cell: Cell) -> list:
-    """The cell's target and draft on the meta device, with what the stages will ask of them checked.
-
-    Raises ValueError for a model that cannot be loaded, distilled or decoded with.
-    """
-    if cell.scratch:
-        with torch.device("meta"):
-            return [scratch_model(sizes, cell.tokenizer, 0) for sizes in (cell.pair.target, cell.pair.draft)]
-    models = [check_model(name) for name in cell.names]
-    for name, model in zip(cell.names, models, strict=True):
+def check_usable(cell: Cell) -> None:
+    """What stages and evaluation will ask of the cell's models. Raises ValueError for one that cannot give it."""
+    for name, model in zip(cell.names, cell.models, strict=True):
         train.Head(model, len(cell.tokenizer))
         _Lane(model, torch.zeros(2, 1), None, None, None)  # what decoding a batch asks of a model
         for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # the common ones; Head.check finds others
             if getattr(model.config, key, None) not in (None, 1):
                 raise ValueError(f"{name} changes its logits after the output head ({key}); the loss here would miss that")
-    return models
 
 
 def preflight(args, device) -> None:
@@ -698,16 +692,17 @@ def preflight(args, device) -> None:
         for task in args.tasks:
             cell = Cell(pair, task, args.seeds[0], args, device)  # seeds differ in nothing that is checked here
             (target_epochs, *epochs), batch = cell.plan["epochs"], cell.plan["batch_size"]
-            models, rows = shapes(cell), len(cell.examples)
+            check_usable(cell)
+            rows = len(cell.examples)
             for size in (batch, SCRATCH["batch_size"]) if cell.scratch else (batch,):
                 if rows // -(-rows // size) < world:
                     raise ValueError(f"{task}: {rows} rows in batches of {size} do not feed {world} ranks; raise --batch")
-            target, draft = (sum(p.numel() for p in model.parameters()) for model in models)
+            target, draft = (sum(p.numel() for p in model.parameters()) for model in cell.models)
             stages = {epochs[0]} if "adaspec" in args.methods else set()
             stages |= {epochs[1]} if "distillspec" in args.methods else set()
             drafts = len(stages) + ("adaspec" in args.methods) + cell.scratch
             trained = bool(target_epochs) + cell.scratch
-            width = models[0].get_output_embeddings().weight.shape[1]
+            width = cell.models[0].get_output_embeddings().weight.shape[1]
             cache = item * width * sum(len(e.input_ids) - max(e.prompt_length, 1) for e in cell.examples)
             cache = cache if cache <= args.cache_gb * gib else 0
             folders = [cell.folder.with_name(f"seed{seed}") for seed in args.seeds]

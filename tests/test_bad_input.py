@@ -210,7 +210,7 @@ ARGUMENTS = {
     "--models-dir {w}/models/a-file": "no such folder",
     "--pairs custom --target a": "needs --target and --draft",
     "--pairs pythia --target a --draft b": "add --pairs custom",
-    "--tasks custom --pairs tiny": "needs --data-dir",
+    "--tasks gsm8k,custom": "custom/train.jsonl does not exist",
     "--gama 3": "unrecognized arguments: --gama",
 }
 DATA = {
@@ -246,9 +246,9 @@ MODELS = {
     "t5": "cannot load a causal language model",
     "weights-cut": "model.safetensors: Error while deserializing header",
     "weights-noise": "model.safetensors: Error while deserializing header",
-    "weights-shape": "by config.json [48, 16]",
+    "weights-shape": "weight is [16, 32], by config.json [16, 48]",
     "weights-none": "there is no model.safetensors",
-    "weights-lacking": "1 weights are missing, the first is gpt_neox.layers.0.attention.dense.weight",
+    "weights-lacking": "2 weights are missing, the first is gpt_neox.layers.0.attention.dense.weight",
     "shard-outside": "names a file outside of the folder, ../target/model.safetensors",
     "shard-missing": "other.safetensors",
     "pickle": "cannot load weights from pytorch_model.bin",
@@ -261,29 +261,25 @@ MODELS = {
     "alibi": "takes no position_ids",
     "scaled": "changes its logits after the output head (logits_scaling)",
 }
+OWN = "--models-dir {w}/models --data-dir {w}/rows/good"
+TINY = "--pairs tiny --data-dir {w}/rows/good"
 CASES = [
-    *((f"--pairs tiny --data-dir {{w}}/rows/good --out {{w}}/out {end}", words) for end, words in ARGUMENTS.items()),
+    *((f"{TINY} --out {{w}}/out {end}", words) for end, words in ARGUMENTS.items()),
     *((f"--pairs tiny --data-dir {{w}}/rows/{end} --out {{w}}/out", words) for end, words in DATA.items()),
-    *(
-        (
-            f"--models-dir {{w}}/models --data-dir {{w}}/rows/good --out {{w}}/out --pairs custom --target target --draft {name}",
-            w,
-        )
-        for name, w in MODELS.items()
-    ),
+    *((f"{OWN} --out {{w}}/out --pairs custom --target target --draft {name}", words) for name, words in MODELS.items()),
     (
         "--pairs custom --target {w}/models/no-end --draft {w}/models/no-end --data-dir {w}/rows/good --out {w}/out",
         "an end token",
     ),
     ("--pairs custom --target ../no/such --draft b --data-dir {w}/rows/good --out {w}/out", "../no/such"),
     ("--pairs tiny --tasks mbpp --data-dir {w}/rows/tests --out {w}/out", "line 1: test_list must be a list of texts"),
-    ("--pairs tiny --data-dir {w}/rows/good --out {w}/out --max-length 4", "no rows are left"),
-    ("--pairs tiny --data-dir {w}/rows/good --out {w}/out --max-length 2000", "a context of 1024 tokens"),
-    ("--pairs tiny --data-dir {w}/rows/good --out {w}/out --max-new-tokens 1020", "a context of 1024 tokens"),
-    ("--pairs tiny --data-dir {w}/rows/good --out {w}/out --shard-target", "start with torchrun"),
-    ("--pairs tiny --data-dir {w}/rows/good --out {w}/models/a-file", "is no folder to write to"),
-    ("--pairs tiny --data-dir {w}/rows/good --out {w}/models/a-file/out", "is no folder to write to"),
-    ("--pairs tiny --data-dir {w}/rows/good --out /proc/out", "is no folder to write to"),
+    (f"{TINY} --out {{w}}/out --max-length 4", "no rows are left"),
+    (f"{TINY} --out {{w}}/out --max-length 2000", "a context of 1024 tokens"),
+    (f"{TINY} --out {{w}}/out --max-new-tokens 1020", "a context of 1024 tokens"),
+    (f"{TINY} --out {{w}}/out --shard-target", "start with torchrun"),
+    (f"{TINY} --out {{w}}/models/a-file", "is no folder to write to"),
+    (f"{TINY} --out {{w}}/models/a-file/out", "is no folder to write to"),
+    (f"{TINY} --out /proc/out", "is no folder to write to"),
 ]
 
 
@@ -296,10 +292,11 @@ def check(code, err, words):
 def test_run_all_refuses_before_any_work(end, words, world, capsys, monkeypatch):
     code = call(run_all, [*FEW, *end.format(w=world).split(" ")], monkeypatch)
     check(code, capsys.readouterr().err, words)
-    made = [path for path in (world / "out").rglob("*") if path.is_file() and path.suffix not in (".tokens", ".lock")]
-    assert [path.name for path in made if path.name != ".lock"] == [] and not Evil.mark.exists()
+    made = [path.name for path in (world / "out").rglob("*") if path.is_file() and not path.match("tokenised/*.tokens")]
+    assert set(made) <= {".lock"} and not Evil.mark.exists()
 
 
+WEIGHTS = "weights-cut weights-shape weights-none weights-lacking pickle t5 bert own-code no-tokenizer".split()
 OTHERS = [
     ("speculative --gamma 0", "gamma must be at least 1"),
     ("speculative --temperature -1", "temperature must be finite and at least 0"),
@@ -321,7 +318,7 @@ OTHERS = [
     ("speculative --prompts {w}/rows/not-json/gsm8k/train.jsonl", "line 1: not a JSON object"),
     ("speculative --target {w}/models/a-file", "is a file; give the folder"),
     ("speculative --draft ../../etc/x", "no such folder"),
-    *((f"speculative --draft {{w}}/models/{name}", words) for name, words in MODELS.items() if "weights" in name or name in "t5 pickle bert own-code no-tokenizer"),
+    *((f"speculative --draft {{w}}/models/{name}", MODELS[name]) for name in WEIGHTS),
     ("tree --branching 2,0", "branching must be"),
     ("tree --branching four", "branching must be"),
     ("tree --seed -1", "seed must be at least 0"),
@@ -330,10 +327,10 @@ OTHERS = [
     ("bench decode --rounds 0", "--rounds must be at least 1"),
     ("bench decode --json {w}/rows", "Is a directory"),
     ("bench decode --draft {w}/models/weights-lacking", "weights are missing"),
-    ("bench drop-layers --out {w}/out --first 1 --last 0 --target {w}/models/weights-cut", "deserializing header"),
-    ("bench train --parts los --target= --draft=", "did you mean 'loss'?"),
+    ("bench drop-layers --out {w}/dropped --first 1 --last 0 --target {w}/models/weights-cut", "deserializing header"),
+    ("bench train --parts los", "did you mean 'loss'?"),
     ("bench decod", "invalid choice: 'decod'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("end", "words"), OTHERS)
@@ -343,7 +340,6 @@ def test_the_other_command_lines_refuse_too(end, words, world, capsys, monkeypat
     models = ["--target", f"{world}/models/target", "--draft", f"{world}/models/draft"]
     if name == "bench":
         argv[1:1] = models if argv[0] == "decode" else []
-        argv = [arg for arg in argv if arg not in ("--target=", "--draft=")]
     else:
         prompt = [] if "--prompt" in end or name == "tree" else ["--prompt", "What"]
         argv = [*models, *prompt, *argv]
@@ -372,8 +368,8 @@ def test_real_processes(command, world):
         command, capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     ours = [line for line in done.stderr.splitlines() if "error: " in line and ".py" in line.split("error: ")[0]]
-    assert done.returncode != 0 and len(ours) == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "torch" in command[2] or done.stderr.count("\n") == 1
+    assert done.returncode != 0 and len(ours) == 1, done.stderr
+    assert "torch" in command[2] or done.stderr.count("\n") == 1, done.stderr  # torchrun adds its own account
     assert "torch" not in command[2] or "8 rows in batches of 1 do not feed 2 ranks" in ours[0]
 
 
@@ -417,7 +413,6 @@ def test_disk_estimate_is_what_a_run_leaves_and_what_is_there_counts(world, tmp_
     def to_stay():
         return float(capsys.readouterr().out.split("GiB of disk (")[1].split(" to stay")[0])
 
-    monkeypatch.setattr(run_all, "train_pass", None, raising=False)
     assert preflight_run(world, tmp_path, monkeypatch) is None
     first, left = to_stay(), sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) / 2**30
     assert first == pytest.approx(left, abs=0.006)  # printed with two digits
@@ -547,26 +542,12 @@ def test_any_rows_are_read_or_refused(tmp_path):
 def test_any_arguments_are_parsed_or_refused(tmp_path):
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
-    flags = ["--tasks", "--pairs", "--methods", "--seeds", "--k", "--lr", "--epochs", "--gamma", "--limit", "--out", "--preset",
-             "--regime", "--dtype", "--target", "--draft", "--data-dir", "--models-dir", "--cache-gb", "--shard-target"]  # fmt: skip
-    words = [
-        "gsm8k",
-        "tiny",
-        "custom",
-        "adaspec",
-        "optimal",
-        "0",
-        "1",
-        "-1",
-        "0.4",
-        "nan",
-        "inf",
-        "1e999",
-        "0,3,3",
-        "float32",
-        str(tmp_path),
-    ]
-    word = st.sampled_from(words) | st.text(max_size=6)
+    flags = (
+        "tasks pairs methods seeds k lr epochs gamma limit out preset regime dtype target draft data-dir models-dir cache-gb"
+    )
+    flags = [f"--{flag}" for flag in [*flags.split(), "shard-target"]]
+    words = "gsm8k tiny custom adaspec optimal 0 1 -1 0.4 nan inf 1e999 0,3,3 float32 --tasks".split()
+    word = st.sampled_from([*words, str(tmp_path)]) | st.text(max_size=6)
     pair = st.tuples(st.sampled_from(flags), word).map(list) | st.tuples(st.sampled_from(flags), word).map(
         lambda both: ["=".join(both)]
     )
