@@ -653,8 +653,6 @@ def parse(argv=None):
         parser.error("--pairs custom needs --target and --draft")
     if "custom" not in args.pairs and (args.target or args.draft):
         parser.error("--target and --draft are the pair custom: add --pairs custom")
-    if "custom" in args.tasks and not args.data_dir:
-        parser.error("--tasks custom needs --data-dir, with custom/train.jsonl in it")
     for flag in ("data_dir", "models_dir"):
         if getattr(args, flag) and not Path(getattr(args, flag)).is_dir():
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: no such folder")
@@ -705,10 +703,12 @@ def preflight(args, device) -> None:
             width = cell.models[0].get_output_embeddings().weight.shape[1]
             cache = item * width * sum(len(e.input_ids) - max(e.prompt_length, 1) for e in cell.examples)
             cache = cache if cache <= args.cache_gb * gib else 0
-            folders = [cell.folder.with_name(f"seed{seed}") for seed in args.seeds]
-            there = [sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in folders]
-            kept += sum(max(0, 4 * (target * trained + draft * drafts) - size) for size in there)
-            passing = max(passing, 24 * target if trained else 0, 24 * draft + cache)
+            weights, state = 4 * (target * trained + draft * drafts), max(24 * target if trained else 0, 24 * draft + cache)
+            for folder in (cell.folder.with_name(f"seed{seed}") for seed in args.seeds):
+                if not (folder / "evaluation.json").is_file():  # what an unfinished cell has on the disk is not needed again
+                    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                    kept += max(0, weights - there)
+                    passing = max(passing, state - max(0, there - weights))
             frozen = item * (target / (world if args.shard_target else 1) + draft)
             memory = max(memory, 16 * target if trained else 0, frozen + 16 * draft)
             steps = [min(n * -(-rows // batch), args.max_steps or sys.maxsize) for n in (target_epochs, *epochs)]

@@ -211,6 +211,7 @@ ARGUMENTS = {
     "--pairs custom --target a": "needs --target and --draft",
     "--pairs pythia --target a --draft b": "add --pairs custom",
     "--tasks gsm8k,custom": "custom/train.jsonl does not exist",
+    "--preset tiny --tasks custom": "give --data-dir",
     "--gama 3": "unrecognized arguments: --gama",
 }
 DATA = {
@@ -264,7 +265,7 @@ MODELS = {
 OWN = "--models-dir {w}/models --data-dir {w}/rows/good"
 TINY = "--pairs tiny --data-dir {w}/rows/good"
 CASES = [
-    *((f"{TINY} --out {{w}}/out {end}", words) for end, words in ARGUMENTS.items()),
+    *((f"{TINY if 'preset' not in end else ''} --out {{w}}/out {end}".strip(), words) for end, words in ARGUMENTS.items()),
     *((f"--pairs tiny --data-dir {{w}}/rows/{end} --out {{w}}/out", words) for end, words in DATA.items()),
     *((f"{OWN} --out {{w}}/out --pairs custom --target target --draft {name}", words) for name, words in MODELS.items()),
     (
@@ -410,14 +411,21 @@ def test_disk_that_is_too_small(world, tmp_path, capsys, monkeypatch, free, code
 
 
 def test_disk_estimate_is_what_a_run_leaves_and_what_is_there_counts(world, tmp_path, capsys, monkeypatch):
-    def to_stay():
-        return float(capsys.readouterr().out.split("GiB of disk (")[1].split(" to stay")[0])
+    def wanted():
+        printed = capsys.readouterr().out
+        return [float(printed.split(before)[1].split(" ")[0]) for before in ("About ", "GiB of disk (")]
 
     assert preflight_run(world, tmp_path, monkeypatch) is None
-    first, left = to_stay(), sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) / 2**30
-    assert first == pytest.approx(left, abs=0.006)  # printed with two digits
+    (total, kept), left = wanted(), sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) / 2**30
+    assert kept == pytest.approx(left, abs=0.006) and total > 2 * kept  # printed with two digits
     assert preflight_run(world, tmp_path, monkeypatch) is None
-    assert to_stay() == 0
+    assert wanted() == [0, 0]
+    next(tmp_path.rglob("evaluation.json")).unlink()
+    with open(next(tmp_path.rglob("seed0")) / "checkpoint", "wb") as file:
+        file.truncate(2**24)
+    assert preflight_run(world, tmp_path, monkeypatch) is None
+    again = wanted()
+    assert again[1] == 0 and again[0] == pytest.approx(total - kept - 2**-6, abs=0.011)
 
 
 def test_memory_is_only_warned_about(world, tmp_path, capsys, monkeypatch):
@@ -475,8 +483,8 @@ def forbidden(source: str) -> list[str]:
             found.append(call)
         if given.get("trust_remote_code", "False") != "False" or given.get("weights_only", "True") != "True":
             found.append(call)
-        if call.startswith("Auto") and last in ("from_pretrained", "from_config") and "trust_remote_code" not in given:
-            found += [call] if last == "from_pretrained" else []  # left out, the user would be asked
+        if call.startswith("Auto") and last == "from_pretrained" and "trust_remote_code" not in given:
+            found.append(call)  # left out, the user would be asked
     return found
 
 
