@@ -3,6 +3,7 @@
     python bench.py drop-layers --target DIR --out DIR --first 3 --last 3   # a draft made of the target's own layers
     python bench.py decode --target DIR --draft DIR --data-dir DIR --json decode.json
     python bench.py train --data-dir DIR --json train.json                  # our training step against the official one
+    python bench.py faults --kills 20                                       # killed runs end in the files of untouched ones
     python bench.py scale --json scale.json                                 # its growth with tokens, vocabulary, chunk, ranks
 
 Contestants of a comparison take turns, in an order that rotates, so that whatever else slows the machine slows all; a ratio is
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -776,6 +778,66 @@ def scale_worker(args) -> None:
         dist.destroy_process_group()
 
 
+# faults
+
+
+FAULTY_RUN = "--preset tiny --limit 64 --max-steps 8 --epochs 2,2,2 --eval-prompts 8 --eval-batch 2 --timed-prompts 1".split()
+
+
+def difference(ours: Path, theirs: Path) -> str | None:
+    """What differs between two finished runs, times aside: a model's file, or a row of the results. None: nothing does."""
+    models = [{path.relative_to(out): path for path in Path(out).rglob("*.safetensors")} for out in (ours, theirs)]
+    if models[0].keys() != models[1].keys():
+        return f"models: {sorted(map(str, models[0].keys() ^ models[1].keys()))}"
+    for name, path in models[0].items():
+        if path.read_bytes() != models[1][name].read_bytes():
+            return str(name)
+    results = [json.loads(Path(out, "results.json").read_text()) for out in (ours, theirs)]
+    rows = [[row | {"speedup": None} for row in result["rows"]] for result in results]
+    return None if rows[0] == rows[1] else "results.json"
+
+
+def faults_command(args) -> None:
+    """Kill runs of the tiny pair (SIGKILL) at random moments, start them again, compare with one that was never touched."""
+    environment, draw = {**os.environ, "OMP_NUM_THREADS": "1"}, np.random.default_rng(args.seed)
+
+    def begin(out):
+        command = [sys.executable, run_all.__file__, *FAULTY_RUN, "--save-minutes", "0.001", "--out", str(out)]
+        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        while "train rows" not in (line := process.stdout.readline()):
+            if not line:
+                raise ValueError(f"the run ended before its first stage: {shlex.join(command)}")
+        return process, time.monotonic()
+
+    def left(process):
+        """What the run prints from now on, to its end."""
+        printed = process.communicate()[0].splitlines()
+        return [line.split(":")[0].strip() for line in printed if line.startswith("  ")]
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(args.out or folder)
+        process, start = begin(folder / "whole")
+        left(process)
+        length, found = time.monotonic() - start, []
+        for number in range(args.kills):
+            out = folder / f"killed-{number}"
+            process, start = begin(out)
+            time.sleep(draw.uniform(0, length))
+            process.kill()
+            after = (left(process) or ["nothing"])[-1]
+            process, _ = begin(out)
+            left(process)
+            if process.returncode:
+                raise ValueError(f"the run that was killed after {after} does not end when started again (see {out})")
+            found.append({"killed_after": after, "difference": difference(folder / "whole", out)})
+            print(f"kill {number + 1}, after {after}: {found[-1]['difference'] or 'the same files'}", flush=True)
+        same = sum(each["difference"] is None for each in found)
+        print(f"{same} of {args.kills} killed runs ended in the same files")
+        save(args, {"run": FAULTY_RUN, "seed": args.seed, "same": same, "kills": found})
+        if same < args.kills:
+            raise ValueError("a killed run ended in other files: exact resume is broken")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; 0, or 2 after one line on stderr for what the user can mend."""
     parser = speculative.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -819,12 +881,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", help="write all figures to this file")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
 
+    add = commands.add_parser("faults", help="kill runs at random moments and see that they end in the same files").add_argument
+    add("--kills", type=int, default=20)
+    add("--seed", type=int, default=0)
+    add("--out", help="keep the runs here (default: a temporary folder)")
+    add("--json", help="write what was found to this file")
+
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args.argv = sys.argv[1:] if argv is None else argv
     try:
-        for flag in ("gamma", "max_new_tokens", "batch", "rounds", "repeats", "limit"):
+        for flag in ("gamma", "max_new_tokens", "batch", "rounds", "repeats", "limit", "kills"):
             if getattr(args, flag, 1) < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
         if getattr(args, "json", None):  # not after an hour of measuring
@@ -835,6 +903,7 @@ def main(argv: list[str] | None = None) -> int:
             "decode": decode_command,
             "train": train_command,
             "scale": scale_command,
+            "faults": faults_command,
         }
         commands[args.benchmark](args)
     except (ValueError, OSError) as error:

@@ -10,8 +10,10 @@ import itertools
 import json
 import os
 import random
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 __all__ = ["TASKS", "Example", "batches", "collate", "encode", "encode_once", "load_rows", "train_tokenizer", "write_file"]
@@ -311,13 +314,28 @@ def encode_once(folder: Path, task: str, rows: Sequence[dict], tokenizer, max_le
 
 
 def write_file(path: Path, write: Callable) -> None:
-    """write(file) into a new file, which takes the name `path` once it is whole and on the disk."""
+    """write(file) into a new file, which takes the name `path` once it is whole and on the disk.
+
+    Raises OSError where that fails, as on a full disk; what was at `path` is then still there.
+    """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with writing(partial):
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+@contextmanager
+def writing(path: Path):
+    """Whatever writing the file or folder `path` fails with becomes an OSError that says so, and the rest of it is removed."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have their own for a full disk
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(f"cannot write {path}: {error} ({free:,.0f} MiB free there)") from error
 
 
 def collate(examples: Sequence[Example], multiple: int = 32) -> tuple[Tensor, Tensor]:

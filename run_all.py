@@ -192,8 +192,9 @@ def stage(folder: Path, settings: dict, tokenizer, work) -> tuple[Path, str]:
         partial = folder.with_name(folder.name + ".partial")
         for old in (partial, folder):
             shutil.rmtree(old, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        with data.writing(partial):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
         files = sorted(path for path in partial.iterdir() if path.is_file())
         for path in files:
             with open(path, "rb") as file:
@@ -771,6 +772,7 @@ def main(argv=None) -> None:
                     path = write_results(args, started) if train.rank() == 0 else None
     say(f"\n{table(rows)}\n\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -778,20 +780,27 @@ def command() -> None:
     """`main`, with what can go wrong said in one line: exit code 130 after Ctrl-C, 143 after SIGTERM, 1 after an error."""
     who = f"run_all.py (rank {os.environ['RANK']})" if "RANK" in os.environ else "run_all.py"
     train.stop_on_signals()
+    code, message = 0, None
     try:
-        return main()
+        main()
     except (train.Stopped, KeyboardInterrupt) as stopped:
         name = str(stopped) or "SIGINT"
         code, message = 128 + signal.Signals[name], f"stopped by {name}; the same command goes on from the saved state"
     except (ValueError, OSError, train.NonFiniteError) as error:
         code, message = 1, f"error: {error}"
+        rank_0_first()
     except RuntimeError as error:
         if not (dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))):
             raise
         code, message = 1, "another rank is gone, torchrun names it; the same command goes on from the last saved state"
-    rank_0_first()
-    print(f"{who}: {message}", file=sys.stderr, flush=True)
-    os._exit(code)  # without waiting for other ranks
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if message:
+        print(f"{who}: {message}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if "another rank" in (message or ""):
+        time.sleep(10)  # for torchrun to find the dead rank before this one ends too, and to end this one
+    os._exit(code)  # no waiting for ranks that are gone, and no destructors that would
 
 
 if __name__ == "__main__":

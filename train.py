@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Example, batches, collate, write_file
+from data import Example, batches, collate, write_file, writing
 
 __all__ = ["Batch", "Frozen", "Head", "NonFiniteError", "Stopped", "TokenCache", "gather_ragged", "setup", "train"]
 
@@ -372,7 +372,8 @@ class TokenCache:
             path.unlink(missing_ok=True)
             with open(path, "wb") as file:
                 if hasattr(os, "posix_fallocate") and own:  # a full disk is an error here, and would be a crash (SIGBUS) later
-                    os.posix_fallocate(file.fileno(), 0, self._size(rank(), world))
+                    with writing(path):
+                        os.posix_fallocate(file.fileno(), 0, self._size(rank(), world))
         first = min(gather_objects(note["rows"] // rows_at_once))
         values, sha, saved = self._map(rank(), world, write=True), hashlib.sha256(), time.monotonic()
         for row in own[: first * rows_at_once]:
@@ -562,9 +563,7 @@ def train(
     for step, (epoch, rows) in enumerate(order[summary["steps"] :], summary["steps"]):
         # one constant for all ranks keeps the summed loss small enough for float16; the exact count divides below
         scale = 1.0 / sum(lengths[i] for i in rows)
-        due = rank() == 0 and time.monotonic() - saved > 60 * save_minutes
-        # loss, loss-bearing tokens, and what all ranks must agree on: whether to save now, whether to stop
-        sums = torch.tensor([0, 0, due, bool(asked_to_stop)], dtype=torch.float64, device=device)
+        sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, its tokens; ranks that want to save, and to stop
         parts = micro_batches(rows, micro_batch)
         for i, part in enumerate(parts):
             batch = make_batch(examples, part, device)
@@ -574,6 +573,8 @@ def train(
                     loss, count = student(batch)
                 scaler.scale(loss * scale).backward()
             sums[:2] += torch.stack([loss.detach().double(), torch.as_tensor(count, device=device).double()])
+        due = rank() == 0 and time.monotonic() - saved > 60 * save_minutes
+        sums[2:] = torch.tensor([due, bool(asked_to_stop)])
         if world_size() > 1:
             dist.all_reduce(sums)
         scaler.unscale_(optimizer)

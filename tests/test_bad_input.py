@@ -326,6 +326,7 @@ OTHERS = [
     ("tree --temperature inf", "temperature must be finite"),
     ("tree --draft {w}/models/weights-cut", "Error while deserializing header"),
     ("bench decode --rounds 0", "--rounds must be at least 1"),
+    ("bench faults --kills 0", "--kills must be at least 1"),
     ("bench decode --json {w}/rows", "Is a directory"),
     ("bench decode --draft {w}/models/weights-lacking", "weights are missing"),
     ("bench drop-layers --out {w}/dropped --first 1 --last 0 --target {w}/models/weights-cut", "deserializing header"),
@@ -386,7 +387,7 @@ def test_plan_names_every_cell_and_what_it_takes(world, tmp_path, capsys, monkey
     monkeypatch.setattr(run_all, "table", lambda rows: "")
     models = ["--models-dir", f"{world}/models", "--target", "target", "--draft", "bin"]
     argv = [*FEW, "--tasks", "gsm8k,arithmetic", "--pairs", "tiny,custom", *models, "--data-dir", f"{world}/rows/good"]
-    assert call(run_all, [*argv, "--limit", "30", "--seeds", "0,7", "--out", str(tmp_path)], monkeypatch) is None
+    assert call(run_all, [*argv, "--limit", "30", "--seeds", "0,7", "--out", str(tmp_path)], monkeypatch) == 0
     plan = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert [line.split(":")[0] for line in plan[1:5]] == [
         f"{pair} / {task} / seed 0, 7" for pair in ("tiny", "custom") for task in ("gsm8k", "arithmetic")
@@ -400,7 +401,7 @@ def test_last_cell_is_checked_before_the_first_is_trained(world, tmp_path, capsy
     assert "mbpp/train.jsonl does not exist" in capsys.readouterr().err and not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("free", "code"), [(0, 1), (2**24, 1), (2**40, None)])
+@pytest.mark.parametrize(("free", "code"), [(0, 1), (2**24, 1), (2**40, 0)])
 def test_disk_that_is_too_small(world, tmp_path, capsys, monkeypatch, free, code):
     monkeypatch.setattr(run_all.Cell, "run", lambda self: [])
     monkeypatch.setattr(run_all, "table", lambda rows: "")
@@ -415,15 +416,15 @@ def test_disk_estimate_is_what_a_run_leaves_and_what_is_there_counts(world, tmp_
         printed = capsys.readouterr().out
         return [float(printed.split(before)[1].split(" ")[0]) for before in ("About ", "GiB of disk (")]
 
-    assert preflight_run(world, tmp_path, monkeypatch) is None
+    assert preflight_run(world, tmp_path, monkeypatch) == 0
     (total, kept), left = wanted(), sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) / 2**30
     assert kept == pytest.approx(left, abs=0.006) and total > 2 * kept  # printed with two digits
-    assert preflight_run(world, tmp_path, monkeypatch) is None
+    assert preflight_run(world, tmp_path, monkeypatch) == 0
     assert wanted() == [0, 0]
     next(tmp_path.rglob("evaluation.json")).unlink()
     with open(next(tmp_path.rglob("seed0")) / "checkpoint", "wb") as file:
         file.truncate(2**24)
-    assert preflight_run(world, tmp_path, monkeypatch) is None
+    assert preflight_run(world, tmp_path, monkeypatch) == 0
     again = wanted()
     assert again[1] == 0 and again[0] == pytest.approx(total - kept - 2**-6, abs=0.011)
 
@@ -432,7 +433,7 @@ def test_memory_is_only_warned_about(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_all.Cell, "run", lambda self: [])
     monkeypatch.setattr(run_all, "table", lambda rows: "")
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
-    assert preflight_run(world, tmp_path, monkeypatch) is None
+    assert preflight_run(world, tmp_path, monkeypatch) == 0
     assert "Warning: the largest stage needs more memory than there is" in capsys.readouterr().out
 
 
