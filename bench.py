@@ -145,11 +145,12 @@ def drop_layers_command(args) -> None:
         raise ValueError(f"no such folder: {source}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: --out must be a new or empty folder")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    speculative.check_model(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
     before = model.config.num_hidden_layers, model.num_parameters()
     drop_layers(model, args.first, args.last).save_pretrained(out)
     if any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
-        AutoTokenizer.from_pretrained(source).save_pretrained(out)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
     share = model.num_parameters() / before[1]
     print(f"{out}: {model.config.num_hidden_layers} of {before[0]} layers, {share:.0%} of the parameters")
 
@@ -268,12 +269,8 @@ def response(row, ends: list[int]) -> list[int]:
 
 def decode(args) -> dict:
     """Speculative decoding against transformers' and against the target alone, its overhead, and the cost model."""
-    for flag in ("gamma", "max_new_tokens", "batch", "rounds", "repeats"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    (target, tokenizer), (draft, other) = (speculative._load(name, torch.float32, device) for name in (args.target, args.draft))
-    speculative.check_tokenizers(tokenizer, other)
+    target, draft, tokenizer = speculative.load_pair(args.target, args.draft, torch.float32, device)
     pair, limit, gamma = (target, draft), args.max_new_tokens, args.gamma
     prompts, source = decode_prompts(args, tokenizer, device)
     for ids in prompts:
@@ -677,7 +674,7 @@ def train_command(args) -> None:
     """Ours against the official step: the loss step, an epoch of the tiny pair, the whole step at the paper's shapes."""
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), train.DTYPES[args.dtype]
     rows = data.load_rows("gsm8k", "train", args.data_dir, args.limit) if args.data_dir else None
-    found, parts = {}, args.parts.split(",")
+    found, parts = {}, args.parts
     with tempfile.TemporaryDirectory() as folder:
         if "loss" in parts:
             calls, _ = loss_step_calls(PAPER, dtype, device)
@@ -843,7 +840,7 @@ def faults_command(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; 0, or 2 after one line on stderr for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = speculative.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
 
     add = commands.add_parser("drop-layers", help="make a draft of the target's first and last layers").add_argument
@@ -866,7 +863,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", help="write all figures to this file")
 
     add = commands.add_parser("train", help="training against the official step").add_argument
-    add("--parts", default="loss,epoch,step", help="step: the whole step with a random 1.4B target, minutes on a CPU")
+    add(
+        "--parts",
+        type=run_all.some_of(["loss", "epoch", "step"]),
+        default="loss,epoch,step",
+        help="step: the whole step with a random 1.4B target, minutes on a CPU",
+    )
     add("--data-dir", help="epoch over rows of <data-dir>/gsm8k/train.jsonl (default: the offline task)")
     add("--limit", type=int, default=300, help="rows of that epoch")
     add("--dtype", choices=train.DTYPES, default="bfloat16", help="of the loss step and the whole step; the epoch is float32")
@@ -890,6 +892,12 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     args.argv = sys.argv[1:] if argv is None else argv
     try:
+        for flag in ("gamma", "max_new_tokens", "batch", "rounds", "repeats", "limit", "kills"):
+            if getattr(args, flag, 1) < 1:
+                raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+        if getattr(args, "json", None):  # not after an hour of measuring
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            open(args.json, "a").close()
         commands = {
             "drop-layers": drop_layers_command,
             "decode": decode_command,

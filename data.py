@@ -6,6 +6,8 @@ loss are exactly the response and the end token: prompt and response are tokenis
 """
 
 import hashlib
+import itertools
+import json
 import os
 import random
 import shutil
@@ -31,11 +33,12 @@ HELD_OUT = 500  # rows (at most a tenth) carved off the end of train for each sp
 class Task:
     """Where a task's rows come from and how one becomes a prompt and a response."""
 
-    columns: tuple[str, ...]  # the columns used, all of them text or lists of text
+    columns: tuple[str, ...]  # the columns used, all of them text
     prompt: Callable[[dict], str]
     response: Callable[[dict], str]
     hub: tuple[str, ...] = ()  # load_dataset's path and configuration; () = local files only
     revision: str | None = None
+    lists: tuple[str, ...] = ()  # but for these, which are lists of text
     missing: tuple[str, ...] = ()  # splits that the Hub does not have
     document: str | None = None  # the column that is cut at its end where a prompt would leave no room for the response
 
@@ -74,6 +77,7 @@ TASKS: dict[str, Task] = {
         _mbpp_prompt,
         lambda row: row["code"].replace("\r\n", "\n"),
         hub=("google-research-datasets/mbpp", "full"),
+        lists=("test_list",),
     ),
     "cnn_dailymail": Task(
         ("article", "highlights"),
@@ -99,8 +103,8 @@ def load_rows(task: str, split: str, data_dir: str | Path | None = None, limit: 
     """The first `limit` rows of a split (train, validation or test), from the Hub or from `data_dir/<task>/<split>.jsonl`.
 
     A validation or test split that the source lacks is carved off the end of train, and train then ends before it.
-    Raises ValueError for an unknown task or split, rows without an expected column, unreadable or empty files;
-    FileNotFoundError where `data_dir` lacks the file.
+    Raises ValueError for an unknown task or split, an empty file, and, naming file and line, for what is not JSON, lacks an
+    expected column or has one of another type; FileNotFoundError where `data_dir` lacks the file.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
@@ -131,31 +135,51 @@ def load_rows(task: str, split: str, data_dir: str | Path | None = None, limit: 
 
 def _read(task: str, spec: Task, split: str, data_dir: str | Path | None, limit: int | None = None) -> list[dict]:
     if data_dir:
-        where = str(Path(data_dir, task, f"{split}.jsonl"))
-        if not Path(where).is_file():
+        where = Path(data_dir, task, f"{split}.jsonl")
+        if not where.is_file():
             raise FileNotFoundError(f"{where} does not exist; --data-dir must hold <task>/train.jsonl (one JSON row a line)")
-        if not Path(where).stat().st_size:
-            raise ValueError(f"{where} is empty; it must hold one JSON row a line")
-        source, kwargs = ("json",), {"data_files": {split: where}}
+        rows = list(itertools.islice(_json_lines(where, spec), limit))
     else:
         where = f"{'/'.join(spec.hub)} on the Hugging Face Hub"
-        source, kwargs = spec.hub, {"revision": spec.revision}
-    try:
-        table = datasets.load_dataset(*source, split=split, **kwargs)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"cannot load the {split} rows of {task} from {where}: {cause}") from error
-    absent = [name for name in spec.columns if name not in table.column_names]
-    if absent:
-        raise ValueError(f"{where}: no column {absent[0]!r} (found {', '.join(table.column_names)})")
-    if len(table) == 0:
-        raise ValueError(f"{where} holds no rows")
-    table = table.select_columns(list(spec.columns)).select(range(min(limit or len(table), len(table))))
-    for number, row in enumerate(table, 1):
-        for name in spec.columns:
-            if not isinstance(row[name], (str, list)):
-                raise ValueError(f"{where}, row {number}: {name} must be text, got {row[name]!r}")
-    return table.to_list()
+        try:
+            table = datasets.load_dataset(*spec.hub, split=split, revision=spec.revision)
+        except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+            cause = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"cannot load the {split} rows of {task} from {where}: {cause}") from error
+        table = table.select(range(min(limit or len(table), len(table))))
+        rows = [_checked(row, spec, f"{where}, {split} row {number}") for number, row in enumerate(table, 1)]
+    if not rows:
+        raise ValueError(f"{where} is empty; it must hold one JSON row a line")
+    return rows
+
+
+def _json_lines(path: Path, spec: Task):
+    """The rows of a file, one by one; blank lines are passed over."""
+    with open(path, "rb") as file:  # as text it would also end lines inside a row, at a carriage return
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from error
+            if line.strip():
+                yield _checked(row, spec, f"{path}, line {number}")
+
+
+def _checked(row, spec: Task, where: str) -> dict:
+    """The columns that the task uses of a row. Raises ValueError where one is missing or not of its type."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be a JSON object with the columns {', '.join(spec.columns)}, got {row!r:.60}")
+    for name in spec.columns:
+        if name not in row:
+            raise ValueError(f"{where}: no column {name!r} (found {', '.join(map(repr, row)):.200})")
+        texts, kind = (row[name], "a list of texts") if name in spec.lists else ([row[name]], "text")
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where}: {name} must be {kind}, got {row[name]!r:.60}")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:  # JSON can say one, and no tokenizer takes it
+            raise ValueError(f"{where}: {name} holds half of a surrogate pair, {texts!r:.60}") from error
+    return {name: row[name] for name in spec.columns}
 
 
 _NAMES = "Anna Ben Carla David Elena Felix Grace Hugo Irene Jonas Karim Lena Marta Nadia Omar Paula".split()

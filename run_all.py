@@ -24,6 +24,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -34,18 +35,23 @@ import torch.distributed as dist
 import transformers
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 import data
 import train
 from adaspec import select_tokens, token_kl
 from distillspec import DIVERGENCES
 from speculative import (
+    Parser,
     Stats,
+    _Lane,
     autoregressive_generate,
     bootstrap_interval,
+    check_model,
     check_tokenizers,
     expected_acceptance,
+    load_tokenizer,
+    one_of,
     speculative_generate,
 )
 
@@ -218,7 +224,14 @@ def finished(folder: Path, mark: str) -> bool:
 
 
 def resolve(name: str, models_dir: str | None) -> str:
-    """A model's folder under --models-dir (by its whole name or the part after the slash), a local folder, or a Hub id."""
+    """A model's folder under --models-dir (by its whole name or the part after the slash), a local folder, or a Hub id.
+
+    Raises ValueError where --models-dir has no such folder, and for a name that leads out of it.
+    """
+    if models_dir and (Path(name).is_absolute() or ".." in Path(name).parts):
+        raise ValueError(
+            f"model {name} is outside of --models-dir {models_dir}; name a folder in it, or leave --models-dir out"
+        )
     candidates = [Path(models_dir, name), Path(models_dir, name.split("/")[-1])] if models_dir else []
     found = next((path for path in [*candidates, Path(name)] if path.is_dir()), None)
     if found is None and models_dir:
@@ -258,13 +271,11 @@ def content_checksum(content: dict) -> str:
 
 def shared_tokenizer(target: str, draft: str):
     """The pair's tokenizer. Raises ValueError where the two disagree, naming the first token that differs."""
-    tokenizers = [AutoTokenizer.from_pretrained(name) for name in (target, draft)]
-    check_tokenizers(*tokenizers)
-    return tokenizers[0]
-
-
-def context_length(name: str) -> int:
-    return getattr(AutoConfig.from_pretrained(name), "max_position_embeddings", sys.maxsize)
+    tokenizer = load_tokenizer(target)
+    check_tokenizers(tokenizer, load_tokenizer(draft))
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {target} needs an end token (eos_token) and a tokenizer.json")
+    return tokenizer
 
 
 def scratch_model(sizes: dict, tokenizer, seed: int):
@@ -288,8 +299,12 @@ class Cell:
         self.scratch = isinstance(self.pair.target, dict)
         if self.scratch:
             self.tokenizer = data.train_tokenizer([spec.prompt(row) + spec.response(row) for row in rows], SCRATCH_VOCABULARY)
+            self.names, sizes = [f"{pair_name}'s target", f"{pair_name}'s draft"], [self.pair.target, self.pair.draft]
+            with torch.device("meta"):
+                self.models = [scratch_model(size, self.tokenizer, seed) for size in sizes]
         else:
             self.names = [resolve(name, args.models_dir) for name in (self.pair.target, self.pair.draft)]
+            self.models = [check_model(name) for name in self.names]  # without weights
             self.tokenizer = shared_tokenizer(*self.names)
         test_rows = data.load_rows(task, "test", args.data_dir, args.eval_prompts)
         for turn in (0, 1):  # rank 0 tokenises, the others read what it has written
@@ -299,15 +314,15 @@ class Cell:
                     for some in (rows, test_rows)
                 )
             train.agreed(None)
-        say(
+        self.header = (
             f"\n{pair_name} / {task} / seed {seed}: {len(self.examples)} train rows, {len(self.test)} test prompts "
             f"({dropped} and {test_dropped} rows dropped: no response within {args.max_length} tokens)"
         )
         if not self.examples or not self.test:
             raise ValueError(f"{task}: no rows are left within {args.max_length} tokens; raise --max-length")
         longest = max(example.prompt_length for example in self.test) + args.max_new_tokens
-        contexts = {} if self.scratch else {name: context_length(name) for name in self.names}
-        for name, context in contexts.items():
+        for name, model in zip(self.names, self.models, strict=True):
+            context = getattr(model.config, "max_position_embeddings", sys.maxsize)
             if context < max(longest, args.max_length):
                 raise ValueError(
                     f"{name} has a context of {context} tokens; --max-length is {args.max_length}, and the longest test prompt "
@@ -333,7 +348,8 @@ class Cell:
         return stage(self.folder / name, settings, self.tokenizer, work)
 
     def load(self, path, dtype=torch.float32):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(self.device).eval()
+        # where there is no safetensors file, transformers reads the pickle by torch.load(weights_only=True)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(self.device).eval()
 
     def frozen(self, path):
         return train.Frozen(self.load(path, self.dtype), len(self.tokenizer))
@@ -388,6 +404,7 @@ class Cell:
 
     def run(self) -> list[dict]:
         """All stages that are not done yet, and the evaluation; returns the cell's rows of the table."""
+        say(self.header)
         args, lr, (target_epochs, reference_epochs, draft_epochs) = self.args, self.plan["lr"], self.plan["epochs"]
         target, (draft, draft_mark) = self.bases()
         if target_epochs:
@@ -553,22 +570,48 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def parse(argv=None):
-    def names(text):
-        return text.split(",")
+def some_of(valid):
+    """The type of an argument that is some of these names, each once, with commas between."""
 
+    def names(text):
+        found = [one_of(valid)(name) for name in text.split(",")]
+        if twice := [name for name in found if found.count(name) > 1]:
+            raise argparse.ArgumentTypeError(f"{twice[0]!r} is there twice")
+        return found
+
+    return names
+
+
+def rank_0_first() -> None:
+    """Let rank 0 speak first, upon whose end torchrun ends the others: what is wrong on every rank is said once."""
+    if int(os.environ.get("RANK", 0)):
+        for _ in range(50):
+            if train.asked_to_stop:
+                os._exit(128 + train.asked_to_stop)
+            time.sleep(0.1)
+
+
+def parse(argv=None):
     def numbers(text):
+        if not all(number.strip().removeprefix("-").isdecimal() for number in text.split(",")):
+            raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, got {text!r}")
         return tuple(int(number) for number in text.split(","))
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    class OneParser(Parser):
+        def error(self, message):
+            rank_0_first()
+            super().error(message)
+
+    parser = OneParser(prog="run_all.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="tiny: the offline task and pair, minutes on two cores")
-    add("--tasks", type=names, default=",".join(RECIPES), help=f"comma-separated, of {', '.join(data.TASKS)}")
-    add("--pairs", type=names, default="pythia,codegen", help=f"comma-separated, of {', '.join(PAIRS)}, custom")
+    add("--preset", type=one_of(PRESETS), help="tiny: the offline task and pair, minutes on two cores")
+    add("--tasks", type=some_of(data.TASKS), default=",".join(RECIPES), help=f"comma-separated, of {', '.join(data.TASKS)}")
+    pairs = [*PAIRS, "custom"]
+    add("--pairs", type=some_of(pairs), default="pythia,codegen", help=f"comma-separated, of {', '.join(pairs)}")
     add("--target", help="with --pairs custom: Hub id or folder of your target")
     add("--draft", help="with --pairs custom: Hub id or folder of your draft")
-    add("--methods", type=names, default="distillspec,adaspec")
-    add("--regime", choices=["3-epoch", "optimal"], default="3-epoch", help="the paper's epochs")
+    add("--methods", type=some_of(["distillspec", "adaspec"]), default="distillspec,adaspec")
+    add("--regime", type=one_of(["3-epoch", "optimal"]), default="3-epoch", help="the paper's epochs: 3-epoch or optimal")
     add("--seeds", type=numbers, default="0", help="comma-separated")
     add("--data-dir", help="rows from <data-dir>/<task>/<split>.jsonl instead of the Hub")
     add("--models-dir", help="folder that holds the pretrained models by name")
@@ -585,7 +628,7 @@ def parse(argv=None):
     add("--cache-gb", type=float, default=100.0, help="bound on the target's cached hidden states; 0: no cache")
     add("--save-minutes", type=float, default=10.0, help="how often the state of a running stage is saved")
     add("--shard-target", action="store_true", help="spread the frozen target's layers over the ranks (FSDP)")
-    add("--dtype", choices=train.DTYPES, help="default bfloat16 on GPU, float32 on CPU")
+    add("--dtype", type=one_of(train.DTYPES), help="default bfloat16 on GPU, float32 on CPU")
     add("--gamma", type=int, default=5, help="tokens drafted a round")
     add("--max-new-tokens", type=int, default=128)
     add("--eval-prompts", type=int, default=200, help="test prompts that acceptance is counted on")
@@ -593,24 +636,99 @@ def parse(argv=None):
     add("--timed-prompts", type=int, default=20, help="test prompts that the speed-up is measured on, one by one")
     parser.set_defaults(**PRESETS.get(parser.parse_known_args(argv)[0].preset, {}))
     args = parser.parse_args(argv)
-    choices = {"tasks": [*data.TASKS], "pairs": [*PAIRS, "custom"], "methods": ["distillspec", "adaspec"]}
-    for flag, valid in choices.items():
-        for name in getattr(args, flag):
-            if name not in valid:
-                parser.error(f"--{flag}: unknown name {name!r}, expected some of {', '.join(valid)}")
     for flag, value in vars(args).items():
         if type(value) is int and value < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
+        if value == "":
+            parser.error(f"--{flag.replace('_', '-')} is empty; leave it out or give it a value")
     for flag in ("lr", "target_lr", "cache_gb", "save_minutes"):
         if getattr(args, flag) is not None and not 0 <= getattr(args, flag) < float("inf"):
-            parser.error(f"--{flag.replace('_', '-')} must be at least 0, got {getattr(args, flag)}")
+            parser.error(f"--{flag.replace('_', '-')} must be finite and at least 0, got {getattr(args, flag)}")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0 or max(args.seeds) >= 2**32:
+        parser.error(f"--seeds must be different numbers of at least 0 and below 2**32, got {','.join(map(str, args.seeds))}")
     if not 0 < args.k <= 1:
         parser.error(f"--k must be in (0, 1], got {args.k}")
     if args.epochs and (len(args.epochs) != 3 or args.epochs[0] < 0 or min(args.epochs[1:]) < 1):
         parser.error("--epochs takes three numbers: target (0 or more), reference and draft (1 or more)")
     if "custom" in args.pairs and not (args.target and args.draft):
         parser.error("--pairs custom needs --target and --draft")
+    if "custom" not in args.pairs and (args.target or args.draft):
+        parser.error("--target and --draft are the pair custom: add --pairs custom")
+    for flag in ("data_dir", "models_dir"):
+        if getattr(args, flag) and not Path(getattr(args, flag)).is_dir():
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: no such folder")
     return args
+
+
+def writable(out: Path) -> None:
+    """Raises ValueError where the folder `out` cannot be made or written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"--out {out} is no folder to write to ({error.strerror}); give another") from error
+
+
+def check_usable(cell: Cell) -> None:
+    """What stages and evaluation will ask of the cell's models. Raises ValueError for one that cannot give it."""
+    for name, model in zip(cell.names, cell.models, strict=True):
+        train.Head(model, len(cell.tokenizer))
+        _Lane(model, torch.zeros(2, 1), None, None, None)  # what decoding a batch asks of a model
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # the common ones; Head.check finds others
+            if getattr(model.config, key, None) not in (None, 1):
+                raise ValueError(f"{name} changes its logits after the output head ({key}); the loss here would miss that")
+
+
+def preflight(args, device) -> None:
+    """Go through every cell of the grid before any training, and print what will be done and about what it takes.
+
+    Estimates, in bytes: a stage in training has float32 weights, gradients and two moments (16 a parameter), its two saved
+    generations weights and moments (24 a parameter). Activations are not counted. Raises ValueError for what would fail later.
+    """
+    world, gib, item = train.world_size(), 2**30, train.DTYPES[args.dtype].itemsize
+    lines, kept, passing, memory = [], 0, 0, 0
+    for pair in args.pairs:
+        for task in args.tasks:
+            cell = Cell(pair, task, args.seeds[0], args, device)  # seeds differ in nothing that is checked here
+            (target_epochs, *epochs), batch = cell.plan["epochs"], cell.plan["batch_size"]
+            check_usable(cell)
+            rows = len(cell.examples)
+            for size in (batch, SCRATCH["batch_size"]) if cell.scratch else (batch,):
+                if rows // -(-rows // size) < world:
+                    raise ValueError(f"{task}: {rows} rows in batches of {size} do not feed {world} ranks; raise --batch")
+            target, draft = (sum(p.numel() for p in model.parameters()) for model in cell.models)
+            stages = {epochs[0]} if "adaspec" in args.methods else set()
+            stages |= {epochs[1]} if "distillspec" in args.methods else set()
+            drafts = len(stages) + ("adaspec" in args.methods) + cell.scratch
+            trained = bool(target_epochs) + cell.scratch
+            width = cell.models[0].get_output_embeddings().weight.shape[1]
+            cache = item * width * sum(len(e.input_ids) - max(e.prompt_length, 1) for e in cell.examples)
+            cache = cache if cache <= args.cache_gb * gib else 0
+            weights, state = 4 * (target * trained + draft * drafts), max(24 * target if trained else 0, 24 * draft + cache)
+            for folder in (cell.folder.with_name(f"seed{seed}") for seed in args.seeds):
+                if not (folder / "evaluation.json").is_file():  # what an unfinished cell has on the disk is not needed again
+                    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                    kept += max(0, weights - there)
+                    passing = max(passing, state - max(0, there - weights))
+            frozen = item * (target / (world if args.shard_target else 1) + draft)
+            memory = max(memory, 16 * target if trained else 0, frozen + 16 * draft)
+            steps = [min(n * -(-rows // batch), args.max_steps or sys.maxsize) for n in (target_epochs, *epochs)]
+            what, rest = cell.header.strip().split(": ", 1)
+            seeds = "".join(f", {seed}" for seed in args.seeds[1:])
+            lines.append(f"{what}{seeds}: {rest}; steps of target, reference, draft: {', '.join(map(str, steps))}")
+    free = shutil.disk_usage(args.out).free
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_properties(device).total_memory
+    else:  # shared by this machine's ranks
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need = f"{(kept + passing) / gib:.2f} GiB of disk ({kept / gib:.2f} to stay) of {free / gib:.2f} free"
+    lines.append(f"About {need}, {memory / gib:.2f} GiB of memory without activations of {machine / gib:.2f}")
+    say("\n".join(["Plan", *lines]))
+    if kept + passing > free:
+        raise ValueError(f"the disk of --out {args.out} is too small: {need}; make room, or lower --cache-gb")
+    if memory > machine:
+        say("Warning: the largest stage needs more memory than there is (--shard-target spreads the target over ranks)")
 
 
 @contextmanager
@@ -643,8 +761,10 @@ def main(argv=None) -> None:
         transformers.logging.set_verbosity_error()
     if args.shard_target and not dist.is_initialized():
         raise ValueError("--shard-target spreads the target over ranks: start with torchrun")
+    writable(Path(args.out))
     rows, path = [], None
     with locked(Path(args.out)) if train.rank() == 0 else nullcontext():
+        preflight(args, device)
         for pair in args.pairs:
             for task in args.tasks:
                 for seed in args.seeds:
@@ -668,6 +788,7 @@ def command() -> None:
         code, message = 128 + signal.Signals[name], f"stopped by {name}; the same command goes on from the saved state"
     except (ValueError, OSError, train.NonFiniteError) as error:
         code, message = 1, f"error: {error}"
+        rank_0_first()
     except RuntimeError as error:
         if not (dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))):
             raise

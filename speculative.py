@@ -13,6 +13,7 @@ Batched, and with counts that can be trusted. p is always the target's distribut
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
 import itertools
 import json
@@ -253,7 +254,9 @@ def _inference(*models):
             module.training = True
 
 
-def _check_arguments(*, gamma=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, lenience=1.0, lenience_fn="exp"):
+def _check_arguments(
+    *, gamma=1, max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, lenience=1.0, lenience_fn="exp", seed=0
+):
     """ValueError, in one line, for a setting without a meaning."""
     for name, value in (("gamma", gamma), ("max_new_tokens", max_new_tokens)):
         if value < 1:
@@ -264,6 +267,8 @@ def _check_arguments(*, gamma=1, max_new_tokens=1, temperature=0.0, top_k=0, top
     for name, value in (("top_p", top_p), ("lenience", lenience)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} must be in (0, 1], got {value}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
     if lenience_fn not in LENIENCE:
         raise ValueError(f"lenience_fn must be one of {', '.join(LENIENCE)}, got {lenience_fn!r}")
 
@@ -548,17 +553,119 @@ class _Stream:
         self.seconds += time.perf_counter() - start
 
 
-def _load(name, dtype, device):
-    """A causal language model and its tokenizer, or a ValueError of one line."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
 
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"no such folder: {name}")
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def one_of(valid):
+    """The type of an argument that is one of these names; where it is none, the nearest is named."""
+
+    def name(text):
+        if text not in valid:
+            near = [f"did you mean {match!r}? " for match in difflib.get_close_matches(text, valid, 1)]
+            raise argparse.ArgumentTypeError(f"unknown name {text!r}, {''.join(near)}expected one of {', '.join(valid)}")
+        return text
+
+    return name
+
+
+@contextmanager
+def _loading(what, name):
+    """Whatever transformers and the Hub raise becomes a ValueError of one line."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever transformers and the Hub raise, it means this
-        raise ValueError(f"cannot load a causal language model from {name}: {str(error).splitlines()[0]}") from error
+        yield
+    except Exception as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        cause = "it needs code of its own, which is never run" if "trust_remote_code" in cause else cause
+        raise ValueError(f"cannot load {what} from {name}: {cause:.300}") from error
+
+
+def check_model(name):
+    """A causal language model on the meta device, after all checks that need no weights in memory: only their headers are read.
+
+    Raises ValueError, in one line: no such folder, an unreadable configuration or one that is no causal LM's, code of the
+    model's own, weight files that are missing, cut short or outside of the folder, weights missing or of another shape.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_utils import load_state_dict
+
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file; give the folder that holds config.json and the weights")
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
+        raise ValueError(f"no such folder: {name}")
+    with _loading("a causal language model", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kinds = ", ".join(config.architectures or ["LMHeadModel"])
+        if not re.search("ForCausalLM|LMHeadModel|ForConditionalGeneration", kinds):
+            raise ValueError(f"config.json says {kinds}, which is none")  # BERT would load, and see the future
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        stored = {}
+        for file in _weight_files(name):
+            with _loading("weights", Path(file).name):
+                stored |= load_state_dict(file, map_location="meta")
+        missing, prefix = dict(model.named_parameters()), f"{model.base_model_prefix}."
+        for key in list(stored):  # a base model's file has no prefix
+            match = next((k for k in (key, prefix + key, key.removeprefix(prefix)) if k in missing), None)
+            if match and missing[match].shape != stored[key].shape:
+                raise ValueError(f"{key} is {list(stored[key].shape)}, by config.json {list(missing[match].shape)}")
+            if match:
+                del stored[key], missing[match]
+        # what is stored under another name may be what is missing: transformers renames some, and ties some
+        if sum(t.numel() for t in missing.values()) > sum(t.numel() for t in stored.values() if t.is_floating_point()):
+            raise ValueError(f"{len(missing)} weights are missing, the first is {next(iter(missing))}")
+    return model
+
+
+def _weight_files(name) -> list[str]:
+    """The files that from_pretrained will read the weights from, downloaded where `name` is a Hub id.
+
+    pytorch_model.bin, a pickle, only where there is no safetensors (Salesforce/codegen-350M-mono has none on its main branch):
+    transformers reads it by torch.load(weights_only=True), which builds tensors and runs nothing.
+    """
+    from transformers.utils import cached_file
+
+    for file in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path and file.endswith(".json"):
+            shards = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
+            if outside := [shard for shard in shards if Path(shard).name != shard]:
+                raise ValueError(f"{file} names a file outside of the folder, {outside[0]}")
+            return [cached_file(name, shard) for shard in shards]
+        if path:
+            return [path]
+    raise ValueError("there is no model.safetensors")
+
+
+def load_tokenizer(name):
+    """The tokenizer of a folder or Hub id. Raises ValueError, in one line, where there is none."""
+    from transformers import AutoTokenizer
+
+    with _loading("a tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if not set(tokenizer("Hello, world").input_ids) - set(tokenizer.all_special_ids):  # made of nothing by transformers
+            raise ValueError("it has no tokens; is tokenizer.json missing?")
+    return tokenizer
+
+
+def _load(name, dtype, device):
+    """A causal language model, its weights read once `check_model` has found nothing wrong."""
+    from transformers import AutoModelForCausalLM
+
+    with _loading("a causal language model", name):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False).to(device).eval()
+
+
+def load_pair(target, draft, dtype, device):
+    """Target, draft and their tokenizer, all checked before the first is loaded. Raises ValueError, in one line."""
+    for name in (target, draft):
+        check_model(name)
+    tokenizer = load_tokenizer(target)
+    check_tokenizers(tokenizer, load_tokenizer(draft))
+    return _load(target, dtype, device), _load(draft, dtype, device), tokenizer
 
 
 def check_tokenizers(target_tokenizer, draft_tokenizer) -> None:
@@ -573,12 +680,13 @@ def _read_prompts(args):
     if args.prompt is not None:
         return [args.prompt]
     prompts = []
-    for number, line in enumerate(Path(args.prompts).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(args.prompts).read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
-                prompts.append(json.loads(line)["prompt"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f'{args.prompts}, line {number}: not a JSON object with a "prompt"') from error
+                prompts.append(json.loads(line.decode("utf-8-sig"))["prompt"])
+                prompts[-1].encode()  # text, and such as a tokenizer takes
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f'{args.prompts}, line {number}: not a JSON object with a text as "prompt"') from error
     if not prompts:
         raise ValueError(f"{args.prompts}: no prompts")
     return prompts
@@ -592,12 +700,11 @@ def _decode_prompts(args):
     transformers.logging.disable_progress_bar()
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     lossy = {"lenience": args.lenience, "lenience_fn": args.lenience_fn, "gamma": args.gamma}
-    _check_arguments(max_new_tokens=args.max_new_tokens, **sampling, **lossy)
+    _check_arguments(max_new_tokens=args.max_new_tokens, seed=args.seed, **sampling, **lossy)
     prompts = _read_prompts(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
-    (target, tokenizer), (draft, other) = (_load(name, dtype, device) for name in (args.target, args.draft))
-    check_tokenizers(tokenizer, other)
+    target, draft, tokenizer = load_pair(args.target, args.draft, dtype, device)
     inputs = [torch.tensor([tokenizer(prompt).input_ids], dtype=torch.long, device=device) for prompt in prompts]
     for ids in inputs:
         _check_prompt((target, draft), ids, None, args.max_new_tokens)
@@ -634,7 +741,7 @@ def _decode_prompts(args):
 
 def main(argv: list[str] | None = None) -> int:
     """Decode prompts from the command line; 0, or 2 after one line on stderr for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="speculative.py", description="Speculative decoding, with its statistics.")
+    parser = Parser(prog="speculative.py", description="Speculative decoding, with its statistics.")
     parser.add_argument("--target", required=True, help="folder or Hub id of the target")
     parser.add_argument("--draft", required=True, help="folder or Hub id of the draft")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -646,9 +753,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=0, help="0 = off")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 = off")
     parser.add_argument("--lenience", type=float, default=1.0, help="epsilon in (0, 1]; 1 = lossless (default)")
-    parser.add_argument("--lenience-fn", choices=LENIENCE, default="exp")
+    parser.add_argument("--lenience-fn", type=one_of(LENIENCE), default="exp", help=f"one of {', '.join(LENIENCE)}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dtype", type=one_of(("float32", "bfloat16", "float16")), default="float32")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
     try:

@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     """Compare from the command line; 0, or 2 after one line on stderr for what the user can mend."""
     import transformers
 
-    parser = argparse.ArgumentParser(prog="tree.py", description="Tokens per target call: chain against tree.")
+    parser = speculative.Parser(prog="tree.py", description="Tokens per target call: chain against tree.")
     parser.add_argument("--target", required=True, help="folder or Hub id of the target")
     parser.add_argument("--draft", required=True, help="folder or Hub id of the draft")
     parser.add_argument("--prompts", help='JSON lines with a "prompt" each (default: the offline arithmetic test rows)')
@@ -234,9 +234,11 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        branching = [int(b) if b.isdigit() else 0 for b in args.branching.split(",")]
+        branching = [int(b) if b.isdecimal() else 0 for b in args.branching.split(",")]
         gamma = len(branching) if args.gamma is None else args.gamma
-        _check_arguments(gamma=gamma, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+        _check_arguments(gamma=gamma, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
+        if min(branching) < 1:
+            raise ValueError(f"branching must be numbers of at least 1 with commas between, got {args.branching!r}")
         if args.limit < 1:
             raise ValueError(f"limit must be at least 1, got {args.limit}")
         if args.prompts:
@@ -246,9 +248,7 @@ def main(argv: list[str] | None = None) -> int:
 
             texts = [data.TASKS["arithmetic"].prompt(row) for row in data.load_rows("arithmetic", "test")]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        models = [speculative._load(name, torch.float32, device) for name in (args.target, args.draft)]
-        (target, tokenizer), (draft, other) = models
-        speculative.check_tokenizers(tokenizer, other)
+        target, draft, tokenizer = speculative.load_pair(args.target, args.draft, torch.float32, device)
         eos = target.generation_config.eos_token_id
         prompts = [torch.tensor([tokenizer(text).input_ids], dtype=torch.long, device=device) for text in texts[: args.limit]]
         found = compare(target, draft, prompts, branching=branching, gamma=gamma, seed=args.seed,

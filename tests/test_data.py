@@ -155,9 +155,9 @@ def test_arithmetic_rows_are_right_and_disjoint():
     ("rows", "message"),
     [
         ('{"question": "a"}\n', "no column 'answer'"),
-        ('{"question": "a", "answer": "b"}\nnot json\n', "cannot load"),
+        ('{"question": "a", "answer": "b"}\nnot json\n', "line 2: not JSON"),
         ("", "is empty"),
-        ('{"question": "a", "answer": "b"}\n{"question": "c", "answer": null}\n', "row 2"),
+        ('{"question": "a", "answer": "b"}\n{"question": "c", "answer": null}\n', "line 2: answer must be text"),
     ],
 )
 def test_bad_files_are_named(tmp_path, rows, message):
