@@ -5,7 +5,7 @@
 The worker runs under the python of the engine's own environment, so nothing but that engine is imported here. It decodes
 greedily in float32. When it is ready it writes a JSON line, {"version"}; then it reads lines, each a list of prompts (token
 ids), and answers each with a line: for every prompt {"tokens", "seconds"} and, with a draft, what the engine itself counted,
-{"target_calls", "drafted", "accepted", "per_position"}, and what drafting took, {"draft_steps", "draft_seconds"}.
+"counts": [target calls, drafted, accepted, accepted by draft position], and what drafting took, "drafting": [steps, seconds].
 """
 
 import json
@@ -50,7 +50,9 @@ def commands(target: str, draft: str, gamma: int) -> dict[str, str]:
     """Engine -> the shell commands that serve the pair in it (README, "Serve it", has the environments)."""
     speculation = json.dumps({"model": draft, "num_speculative_tokens": gamma})
     exported = [f"{folder}-openvino" for folder in (target, draft)]
-    exports = [export_command(*folders, "openvino-env/bin/optimum-cli") for folders in zip((target, draft), exported, strict=True)]
+    exports = [
+        export_command(*folders, "openvino-env/bin/optimum-cli") for folders in zip((target, draft), exported, strict=True)
+    ]
     serve = ["vllm-env/bin/vllm", "serve", target, "--dtype", "float32", "--enforce-eager", "--speculative-config", speculation]
     program = OPENVINO.format(gamma=gamma)
     return {
@@ -81,13 +83,12 @@ def vllm(target, draft, gamma, max_new_tokens, ends):
     import vllm
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-    drafting, propose = {}, DraftModelProposer.propose
+    drafting, propose = [0, 0.0], DraftModelProposer.propose
 
     def clocked(*args, **kwargs):
         start = time.perf_counter()
         output = propose(*args, **kwargs)
-        drafting["draft_seconds"] += time.perf_counter() - start
-        drafting["draft_steps"] += gamma
+        drafting[:] = drafting[0] + gamma, drafting[1] + time.perf_counter() - start
         return output
 
     DraftModelProposer.propose = clocked
@@ -104,14 +105,13 @@ def vllm(target, draft, gamma, max_new_tokens, ends):
         return totals + found["accepted_tokens_per_pos"].values
 
     def serve(prompt):
-        before = counters()
-        drafting.update(draft_steps=0, draft_seconds=0.0)
+        before, drafting[:] = counters(), (0, 0.0)
         start = time.perf_counter()
         output = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
         found = {"tokens": list(output[0].outputs[0].token_ids), "seconds": time.perf_counter() - start}
-        rounds, drafted, accepted, *by_position = (b - a for a, b in zip(before, counters(), strict=True))
-        counts = {"target_calls": rounds + 1, "drafted": drafted, "accepted": accepted, "per_position": by_position}
-        return found | (counts | drafting if draft else {})  # + 1: the call that reads the prompt judges no drafts
+        rounds, *others = (b - a for a, b in zip(before, counters(), strict=True))
+        # one more target call than rounds: the one that reads the prompt judges no drafts
+        return found | ({"counts": [rounds + 1, *others], "drafting": [*drafting]} if draft else {})
 
     return vllm.__version__, serve
 
@@ -141,10 +141,10 @@ def openvino(target, draft, gamma, max_new_tokens, ends):
             metrics = output.extended_perf_metrics
             written = metrics.main_model_metrics.raw_metrics.m_batch_sizes  # tokens out of each target call
             steps = metrics.draft_model_metrics.raw_metrics.m_durations  # microseconds
-            found |= {"target_calls": len(written), "drafted": metrics.get_num_draft_tokens()}
-            found |= {"accepted": metrics.get_num_accepted_tokens()}
-            found["per_position"] = [sum(tokens - 1 > i for tokens in written[1:-1]) for i in range(gamma)]
-            found |= {"draft_steps": len(steps), "draft_seconds": sum(steps) / 1e6}
+            by_position = [sum(tokens - 1 > i for tokens in written[1:-1]) for i in range(gamma)]
+            accepted = metrics.get_num_accepted_tokens()
+            found["counts"] = [len(written), metrics.get_num_draft_tokens(), accepted, *by_position]
+            found["drafting"] = [len(steps), sum(steps) / 1e6]
         return found
 
     return genai.get_version(), serve
