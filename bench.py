@@ -541,17 +541,17 @@ def start_worker(engine: str, python: str, settings: dict, log: Path, stack: Exi
         environment["LD_PRELOAD"] = str(openmp)
     command, pipes = (
         [python, engines.__file__, engine, json.dumps(settings)],
-        {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE},
+        dict.fromkeys(("stdin", "stdout"), subprocess.PIPE),
     )
     with log.open("w") as errors:
         process = stack.enter_context(subprocess.Popen(command, env=environment, text=True, stderr=errors, **pipes))
     stack.callback(process.kill)
 
     def answer():
-        line = process.stdout.readline()
-        if not line:
-            raise ValueError(f"{engine} stopped: {(log.read_text(errors='replace').split(chr(10), -1)[-2:] or ['?'])[0]}")
-        return json.loads(line)
+        if line := process.stdout.readline():
+            return json.loads(line)
+        lines = log.read_text(errors="replace").strip().splitlines() or ["without a word"]
+        raise ValueError(f"{engine} stopped: " + next((line for line in reversed(lines) if "Error" in line), lines[-1]).strip())
 
     def serve(prompts):
         print(json.dumps(prompts), file=process.stdin, flush=True)
@@ -600,26 +600,21 @@ def compare_engines(args, pythons: dict[str, str], folder: Path, stack: ExitStac
         speculative._check_prompt((target, *drafts), ids, None, limit + gamma + 1)
 
     make_greedy(target, drafts, ends, limit, gamma)
-    settings, versions, servers = (
-        {"gamma": gamma, "max_new_tokens": limit, "ends": ends},
-        {"transformers": transformers.__version__},
-        {},
-    )
+    settings = {"gamma": gamma, "max_new_tokens": limit, "ends": ends}
+    servers, versions = {}, {"transformers": transformers.__version__}
     for name in (None, *names):
         servers |= {(e, name): local_server(e, target, models.get(name), ends, limit, gamma) for e in ("ours", "transformers")}
     for engine, python in pythons.items():
-        folders = (
-            [export_openvino(path, folder / f"ov{i}", python) for i, path in enumerate(paths)]
-            if engine == "openvino"
-            else paths
-        )
+        folders = paths
+        if engine == "openvino":
+            folders = [export_openvino(path, folder / f"openvino{i}", python) for i, path in enumerate(paths)]
         for name, path in zip([None, *names], [None, *folders[1:]], strict=True):
             why = name and engines.unservable(engine, [model.config.model_type for model in (target, models[name])])
             if why:
                 print(f"{engine} cannot serve {name}: {why}")
                 continue
             pair = {"target": folders[0], "draft": path} | settings
-            versions[engine], servers[engine, name] = start_worker(engine, python, pair, folder / "log", stack)
+            versions[engine], servers[engine, name] = start_worker(engine, python, pair, folder / f"{len(servers)}.log", stack)
 
     beyond = [autoregressive_generate(target, ids, max_new_tokens=limit + gamma + 1)[0, ids.shape[1] :] for ids in prompts]
     texts, token_ids = [response(row[:limit], ends) for row in beyond], [ids[0].tolist() for ids in prompts]
@@ -697,10 +692,8 @@ def report_engines(name: str, by_engine: dict, prompts: int) -> None:
         print(f"{name} in {engine}: the target's own tokens for {prompts} of {prompts} prompts")
         for key in COUNTS:
             terms = [f" {more[key]:+d} ({rule})" for rule, more in found["added_to_ours"].items() if more[key]]
-            print(
-                f"  {key} {found['counts'][key]}"
-                + (f" = ours {found['ours'][key]}{''.join(terms)}" if engine != "ours" else "")
-            )
+            ours = f" = ours {found['ours'][key]}{''.join(terms)}" if engine != "ours" else ""
+            print(f"  {key} {found['counts'][key]}{ours}")
         print(
             "  speed-up {median:.2f} ({low:.2f} to {high:.2f})".format(**speedup)
             + ", tau {tau:.2f}, {drafts:.1f} drafts a call at c {c:.3f}, v + o {v+o:.2f}".format(**cost)
@@ -967,18 +960,23 @@ def main(argv: list[str] | None = None) -> int:
     add("--first", type=int, required=True, help="how many of the first layers to keep")
     add("--last", type=int, required=True, help="how many of the last layers to keep")
 
-    add = commands.add_parser("decode", help="decoding against transformers', and the cost model").add_argument
-    add("--target", required=True, help="folder or Hub id")
-    add("--draft", required=True, help="folder or Hub id")
-    add("--prompts", help='JSON lines with a "prompt" each (default: rows of the offline task)')
-    add("--chat", action="store_true", help="put the prompts into the tokenizer's chat template")
-    add("--data-dir", help="take the prompts from <data-dir>/gsm8k/test.jsonl")
-    add("--gamma", type=int, default=5, help="tokens drafted a round")
-    add("--max-new-tokens", type=int, default=64)
-    add("--batch", type=int, default=8, help="prompts: decoded one by one, and all at once")
-    add("--rounds", type=int, default=5, help="rounds of turns that ratios are formed in")
-    add("--repeats", type=int, default=3, help="times each forward is timed for the cost model in a round")
-    add("--json", help="write all figures to this file")
+    decode = commands.add_parser("decode", help="decoding against transformers', and the cost model")
+    decode.add_argument("--draft", required=True, help="folder or Hub id")
+    decode.add_argument("--repeats", type=int, default=3, help="times each forward is timed for the cost model in a round")
+    served = commands.add_parser("engines", help="tokens, counts and speed-ups in the engines people serve with")
+    served.add_argument("--draft", required=True, nargs="+", help="folders")
+    served.add_argument("--vllm-python", help="python of an environment with vLLM")
+    served.add_argument("--openvino-python", help="python of one with OpenVINO GenAI and optimum-intel")
+    for add in (decode.add_argument, served.add_argument):
+        add("--target", required=True, help="folder or Hub id")
+        add("--prompts", help='JSON lines with a "prompt" each (default: rows of the offline task)')
+        add("--chat", action="store_true", help="put the prompts into the tokenizer's chat template")
+        add("--data-dir", help="take the prompts from <data-dir>/gsm8k/test.jsonl")
+        add("--gamma", type=int, default=5, help="tokens drafted a round")
+        add("--max-new-tokens", type=int, default=64)
+        add("--batch", type=int, default=8, help="prompts: decoded one by one (by decode also all at once)")
+        add("--rounds", type=int, default=5, help="rounds of turns that ratios are formed in")
+        add("--json", help="write all figures to this file")
 
     add = commands.add_parser("train", help="training against the official step").add_argument
     add("--parts", default="loss,epoch,step", help="step: the whole step with a random 1.4B target, minutes on a CPU")
@@ -986,20 +984,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--limit", type=int, default=300, help="rows of that epoch")
     add("--dtype", choices=train.DTYPES, default="bfloat16", help="of the loss step and the whole step; the epoch is float32")
     add("--rounds", type=int, default=3)
-    add("--json", help="write all figures to this file")
-
-    add = commands.add_parser("engines", help="tokens, counts and speed-ups in the engines people serve with").add_argument
-    add("--target", required=True, help="folder of the target")
-    add("--draft", required=True, nargs="+", help="folders of drafts")
-    add("--vllm-python", help="python of an environment with vLLM")
-    add("--openvino-python", help="python of an environment with OpenVINO GenAI and optimum-intel")
-    add("--prompts", help='JSON lines with a "prompt" each (default: rows of the offline task)')
-    add("--chat", action="store_true", help="put the prompts into the tokenizer's chat template")
-    add("--data-dir", help="take the prompts from <data-dir>/gsm8k/test.jsonl")
-    add("--gamma", type=int, default=5, help="tokens drafted a round")
-    add("--max-new-tokens", type=int, default=64)
-    add("--batch", type=int, default=8, help="prompts, decoded one by one")
-    add("--rounds", type=int, default=5, help="rounds of turns that ratios are formed in")
     add("--json", help="write all figures to this file")
 
     args = parser.parse_args(argv)

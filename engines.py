@@ -1,11 +1,12 @@
 """The engines people serve with: the commands that serve a pair in each, and a worker that `bench.py engines` compares with us.
 
-    ENGINE_PYTHON engines.py vllm|openvino '{"target": DIR, "draft": DIR or null, "gamma": 5, "max_new_tokens": 64, "ends": [0]}'
+    ENGINE_PYTHON engines.py vllm|openvino '{"target": DIR, "draft": DIR, "gamma": 5, "max_new_tokens": 64, "ends": [0]}'
 
 The worker runs under the python of the engine's own environment, so nothing but that engine is imported here. It decodes
-greedily in float32. When it is ready it writes a JSON line, {"version"}; then it reads lines, each a list of prompts (token
-ids), and answers each with a line: for every prompt {"tokens", "seconds"} and, with a draft, what the engine itself counted,
-"counts": [target calls, drafted, accepted, accepted by draft position], and what drafting took, "drafting": [steps, seconds].
+greedily in float32 (draft null: the target alone). When it is ready it writes a JSON line, {"version"}; then it reads lines,
+each a list of prompts (token ids), and answers each with a line: for every prompt {"tokens", "seconds"} and, with a draft,
+what the engine itself counted, "counts": [target calls, drafted, accepted, accepted by draft position], and what drafting
+took, "drafting": [steps, seconds].
 """
 
 import json
@@ -20,7 +21,7 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 target, draft = map(AutoModelForCausalLM.from_pretrained, sys.argv[1:3])
-draft.generation_config.update(num_assistant_tokens={gamma}, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0)
+draft.generation_config.update(num_assistant_tokens={gamma}, assistant_confidence_threshold=0)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 inputs = tokenizer(sys.argv[3], return_tensors="pt")
 output = target.generate(**inputs, assistant_model=draft, max_new_tokens=64, do_sample=False)
@@ -29,8 +30,9 @@ print(tokenizer.decode(output[0]))
 OPENVINO = """
 import sys, openvino_genai as genai
 
-draft = genai.draft_model(sys.argv[2], "CPU", KV_CACHE_PRECISION="f32", INFERENCE_PRECISION_HINT="f32")
-pipeline = genai.LLMPipeline(sys.argv[1], "CPU", draft_model=draft, KV_CACHE_PRECISION="f32", INFERENCE_PRECISION_HINT="f32")
+exact = dict(KV_CACHE_PRECISION="f32", INFERENCE_PRECISION_HINT="f32")
+draft = genai.draft_model(sys.argv[2], "CPU", **exact)
+pipeline = genai.LLMPipeline(sys.argv[1], "CPU", draft_model=draft, **exact)
 print(pipeline.generate(sys.argv[3], max_new_tokens=64, num_assistant_tokens={gamma}, apply_chat_template=False))
 """
 
@@ -40,25 +42,34 @@ def unservable(engine: str, model_types) -> str | None:
     return "vLLM has no CodeGen architecture" if engine == "vllm" and "codegen" in model_types else None
 
 
-def export_command(folder: str, out: str, optimum_cli: str) -> list[str]:
-    """The command that turns a from_pretrained folder into one that OpenVINO GenAI loads, in float32."""
+def export_command(folder: str, out: str, optimum_cli: str = "openvino-env/bin/optimum-cli") -> list[str]:
+    """What turns a from_pretrained folder into one that OpenVINO GenAI loads, in float32."""
     options = ["--task", "text-generation-with-past", "--weight-format", "fp32"]
     return [optimum_cli, "export", "openvino", "--model", folder, *options, out]
 
 
 def commands(target: str, draft: str, gamma: int) -> dict[str, str]:
-    """Engine -> the shell commands that serve the pair in it (README, "Serve it", has the environments)."""
+    """Engine -> the shell commands that serve the pair in it; the README's "Serve it" makes the two environments."""
     speculation = json.dumps({"model": draft, "num_speculative_tokens": gamma})
-    exported = [f"{folder}-openvino" for folder in (target, draft)]
-    exports = [
-        export_command(*folders, "openvino-env/bin/optimum-cli") for folders in zip((target, draft), exported, strict=True)
-    ]
     serve = ["vllm-env/bin/vllm", "serve", target, "--dtype", "float32", "--enforce-eager", "--speculative-config", speculation]
-    program = OPENVINO.format(gamma=gamma)
+    request = json.dumps({"model": target, "prompt": PROMPT, "max_tokens": 64, "temperature": 0})
+    ask = [
+        "curl",
+        "-s",
+        *"--retry 60 --retry-delay 2 --retry-connrefused".split(),
+        "localhost:8000/v1/completions",
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        request,
+    ]
+    exported = [f"{folder}-openvino" for folder in (target, draft)]
+    steps = [export_command(target, exported[0]), export_command(draft, exported[1])]
+    steps.append(["openvino-env/bin/python", "-c", OPENVINO.format(gamma=gamma), *exported, PROMPT])
     return {
         "transformers": shlex.join(["python", "-c", TRANSFORMERS.format(gamma=gamma), target, draft, PROMPT]),
-        "vllm": "VLLM_CPU_KVCACHE_SPACE=1 " + shlex.join(serve),
-        "openvino": "\n".join(map(shlex.join, [*exports, ["openvino-env/bin/python", "-c", program, *exported, PROMPT]])),
+        "vllm": f"LD_PRELOAD=vllm-env/lib/libiomp5.so VLLM_CPU_KVCACHE_SPACE=1 {shlex.join(serve)} &\n{shlex.join(ask)}",
+        "openvino": "\n".join(map(shlex.join, steps)),
     }
 
 
