@@ -13,7 +13,6 @@ import argparse
 import copy
 import functools
 import gc
-import itertools
 import json
 import math
 import os
@@ -469,7 +468,7 @@ RULES = {
     "stop": "the draft stops at an end token",
     "end": "counts what lies beyond the end of the text",
     "own": "takes the last token for the target's own, drafted or not",
-    "last": "leaves the last target call out of its counts",
+    "last": "leaves the last target call out of its counts (if nothing is left, accepted is tokens less target calls)",
 }
 ENGINES = {
     "ours": [],
@@ -500,11 +499,8 @@ def replay(text: list[int], new: int, propose, limit: int, gamma: int, ends: lis
         if start < new or "last" not in rules:
             drafted += len(drafts)
             by_position[:kept] = [count + 1 for count in by_position[:kept]]
-    return [calls, drafted, sum(by_position), *by_position]
-
-
-def total_counts(counts) -> list[int]:
-    return [sum(column) for column in zip(*counts, strict=True)]
+    accepted = new - calls if "last" in rules and not drafted else sum(by_position)
+    return [calls, drafted, accepted, *by_position]
 
 
 def local_server(engine: str, target, draft, ends: list[int], limit: int, gamma: int):
@@ -632,8 +628,7 @@ def compare_engines(args, pythons: dict[str, str], folder: Path, stack: ExitStac
     for number in range(args.rounds):
         for key in order[number % len(order) :] + order[: number % len(order)]:
             answers = servers[key](token_ids)
-            steps, spent = total_counts(each.get("drafting", (0, 0)) for each in answers)
-            turns[key].append((sum(each["seconds"] for each in answers), steps, spent))
+            turns[key].append(np.sum([(each["seconds"], *each.get("drafting", (0, 0))) for each in answers], 0).tolist())
     for (engine, name), taken in turns.items():
         if name:
             found[name][engine] |= speed(turns[engine, None], taken, new, found[name][engine]["counts"]["target_calls"])
@@ -661,14 +656,16 @@ def explain(engine, name, counted_by_it, draft, prompts, beyond, texts, limit, g
         if counts != steps[-1][: len(counts)]:
             raise ValueError(f"{engine}, {name}, prompt {number}: counts {counts}, and its rules give {steps[-1]}")
         replayed.append(steps)
-    ours, *others = (total_counts(step) for step in zip(*replayed, strict=True))
-    added = [[b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise([ours, *others])]
-    total = total_counts(counted_by_it)
+    totals = np.sum(replayed, 0)  # [1 + rules, counts]
+
+    def named(counts):
+        return dict(zip(COUNTS, counts, strict=False)) | {"accepted_by_position": counts[len(COUNTS) :]}
+
     return {
         "identical_prompts": len(texts),
-        "counts": dict(zip(COUNTS, total, strict=False)) | {"accepted_by_position": total[len(COUNTS) :]},
-        "ours": dict(zip(COUNTS, ours, strict=False)) | {"accepted_by_position": ours[len(COUNTS) :]},
-        "added_to_ours": {RULES[rule]: dict(zip(COUNTS, more, strict=False)) for rule, more in zip(rules, added, strict=True)},
+        "counts": named(np.sum(counted_by_it, 0).tolist()),
+        "ours": named(totals[0].tolist()),
+        "added_to_ours": {RULES[rule]: named(more) for rule, more in zip(rules, np.diff(totals, axis=0).tolist(), strict=True)},
     }
 
 

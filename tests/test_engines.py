@@ -39,6 +39,7 @@ def test_replay_by_hand():
     assert replay("prompt") == [3, 6, 4, 2, 1, 1]
     assert replay("prompt", "stop") == [3, 5, 4, 2, 1, 1]  # 2 9 and no 3
     assert replay("prompt", "last") == [3, 3, 1, 1, 0, 0]
+    assert replay("prompt", "last", drafts={1: [2, 3, 4]}, text=[1, 2, 3, 9, 1, 1, 1], new=4) == [2, 0, 2, 0, 0, 0]  # but one
     assert replay("own") == [2, 6, 4, 2, 2, 0]
     # a draft beyond the end token, which is accepted too, as the target would go on so
     drafts = DRAFTS | {0: [1, 2, 3], 4: [5, 9, 6]}
