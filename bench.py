@@ -468,7 +468,7 @@ RULES = {
     "stop": "the draft stops at an end token",
     "end": "counts what lies beyond the end of the text",
     "own": "takes the last token for the target's own, drafted or not",
-    "last": "leaves the last target call out of its counts (if nothing is left, accepted is tokens less target calls)",
+    "last": "leaves the last target call out of its counts",
 }
 ENGINES = {
     "ours": [],
@@ -499,6 +499,7 @@ def replay(text: list[int], new: int, propose, limit: int, gamma: int, ends: lis
         if start < new or "last" not in rules:
             drafted += len(drafts)
             by_position[:kept] = [count + 1 for count in by_position[:kept]]
+    # OpenVINO, with no drafts counted because the last target call was the only one, reckons accepted as tokens less calls
     accepted = new - calls if "last" in rules and not drafted else sum(by_position)
     return [calls, drafted, accepted, *by_position]
 
