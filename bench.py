@@ -5,6 +5,7 @@
     python bench.py train --data-dir DIR --json train.json                  # our training step against the official one
     python bench.py faults --kills 20                                       # killed runs end in the files of untouched ones
     python bench.py scale --json scale.json                                 # its growth with tokens, vocabulary, chunk, ranks
+    python bench.py engines --target DIR --draft DIR DIR --vllm-python P --openvino-python P   # our counts against engines'
 
 Contestants of a comparison take turns, in an order that rotates, so that whatever else slows the machine slows all; a ratio is
 formed within each round of turns, and reported as the median over rounds with the smallest and the largest.
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import data
+import engines
 import run_all
 import speculative
 import train
@@ -166,6 +168,11 @@ def predicted_speedup(tau: float, gamma: float, c: float, v: float, o: float) ->
     return tau / (gamma * c + v + o)
 
 
+def break_even(tau: float, gamma: float, v: float, o: float) -> float:
+    """The c at which `predicted_speedup` is 1. Below 0: not even a draft that costs nothing would gain."""
+    return (tau - v - o) / gamma
+
+
 def recommend(predictions: dict[int, float]) -> int:
     """The gamma of the largest predicted speed-up; of equals the smallest."""
     return max(sorted(predictions), key=predictions.get)
@@ -267,6 +274,21 @@ def response(row, ends: list[int]) -> list[int]:
     return row[: min([i + 1 for i, token in enumerate(row) if token in ends], default=len(row))]
 
 
+def end_tokens(target, tokenizer) -> list[int]:
+    end = target.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    return [] if end is None else end if isinstance(end, list) else [end]
+
+
+def make_greedy(target, drafts, ends: list[int], limit: int, gamma: int) -> None:
+    """Have transformers decode plainly and greedily, with gamma drafts a round whatever happens."""
+    plain = {"eos_token_id": ends or None, "pad_token_id": ends[0] if ends else 0, "max_new_tokens": limit, "do_sample": False}
+    fixed = {"num_assistant_tokens": gamma, "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+    target.generation_config = GenerationConfig(**plain)
+    for draft in drafts:
+        draft.generation_config = GenerationConfig(**plain, **fixed)
+
+
 def decode(args) -> dict:
     """Speculative decoding against transformers' and against the target alone, its overhead, and the cost model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -278,17 +300,9 @@ def decode(args) -> dict:
     width = max(ids.shape[1] for ids in prompts)
     padded = torch.cat([F.pad(ids, (width - ids.shape[1], 0)) for ids in prompts])
     mask = torch.cat([F.pad(torch.ones_like(ids), (width - ids.shape[1], 0)) for ids in prompts])
-    end = target.generation_config.eos_token_id
-    end = tokenizer.eos_token_id if end is None else end
-    ends = [] if end is None else end if isinstance(end, list) else [end]
+    ends = end_tokens(target, tokenizer)
     ours = {"max_new_tokens": limit, "eos_token_id": ends}
-
-    # transformers: plain greedy decoding, and gamma drafts a round whatever happens.
-    plain = {"eos_token_id": ends or None, "pad_token_id": ends[0] if ends else 0, "max_new_tokens": limit, "do_sample": False}
-    target.generation_config = GenerationConfig(**plain)
-    draft.generation_config = GenerationConfig(
-        **plain, num_assistant_tokens=gamma, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
-    )
+    make_greedy(target, [draft], ends, limit, gamma)
 
     def contestants(ids, mask):
         """Name -> f(on_tokens): all four ways to decode one prompt, or the three that can decode a batch."""
@@ -441,6 +455,247 @@ def report(result: dict) -> None:
     ):
         print(f"  {name:<10}" + "".join(values))
     print(f"recommended gamma: {best}" + ("" if sweep[best]["predicted"] > 1 else " (but the target alone is faster)"))
+
+
+# engines
+
+
+# How an engine comes to count otherwise than we do. Applied one after the other to a replay of the text: without any the
+# counts must be ours, with all the engine's own, to the token.
+RULES = {
+    "prompt": "reads the prompt in a target call of its own, without drafts",
+    "limit": "drafts gamma tokens also where max_new_tokens leaves room for fewer",
+    "stop": "the draft stops at an end token",
+    "end": "counts what lies beyond the end of the text",
+    "own": "takes the last token for the target's own, drafted or not",
+    "last": "leaves the last target call out of its counts",
+}
+ENGINES = {
+    "ours": [],
+    "transformers": ["stop", "own"],
+    "vllm": ["prompt", "limit", "end"],
+    "openvino": ["prompt", "stop", "last"],
+}
+COUNTS = ("target_calls", "drafted", "accepted")  # and then the accepted by draft position, where an engine has them
+
+
+def replay(text: list[int], new: int, propose, limit: int, gamma: int, ends: list[int], rules) -> list[int]:
+    """The counts of decoding the first `new` tokens of `text` by `rules`, without an engine.
+
+    text: the target's own, gamma tokens or more beyond `new`; propose(start): the gamma tokens [gamma] that the draft writes
+    after text[:start].
+    """
+    calls, drafted, by_position, start = 0, 0, [0] * gamma, 0
+    if "prompt" in rules:
+        calls = start = 1
+    while start < new:
+        drafts = propose(start)[: gamma if "limit" in rules else min(gamma, limit - start - 1)]
+        drafts = response(drafts, ends if "stop" in rules else [])
+        kept = next((i for i, token in enumerate(drafts) if token != text[start + i]), len(drafts))
+        left, start = new - start, start + kept + 1
+        if kept >= left and "end" not in rules:  # the text ended on an accepted draft
+            drafts, kept = drafts[:left], left - ("own" in rules)
+        calls += 1
+        if start < new or "last" not in rules:
+            drafted += len(drafts)
+            by_position[:kept] = [count + 1 for count in by_position[:kept]]
+    # OpenVINO, with no drafts counted because the last target call was the only one, reckons accepted as tokens less calls
+    accepted = new - calls if "last" in rules and not drafted else sum(by_position)
+    return [calls, drafted, accepted, *by_position]
+
+
+def local_server(engine: str, target, draft, ends: list[int], limit: int, gamma: int):
+    """What a worker of engines.py is, as a function: our sampler or transformers, in this process."""
+    options = {"max_new_tokens": limit, "eos_token_id": ends, "gamma": gamma}
+
+    def answer(prompt):
+        ids = torch.tensor([prompt], device=target.device)
+        with counted(*filter(None, (target, draft))) as (calls, *steps):
+            start = clock(target.device)
+            if engine == "ours":
+                output = speculative_generate(target, draft, ids, **options)
+            else:
+                output = target.generate(ids, attention_mask=torch.ones_like(ids), assistant_model=draft)
+            found = {"seconds": clock(target.device) - start}
+        found["tokens"] = getattr(output, "sequences", output)[0, len(prompt) :].tolist()
+        if draft:
+            found["drafting"] = steps[0].calls, steps[0].seconds
+            # transformers has no counts: every target call gives one token of the target's own, the others were drafted
+            found["counts"] = [calls.calls, steps[0].calls, len(found["tokens"]) - calls.calls]
+        if draft and engine == "ours":
+            accepted = output.stats.per_position[0]
+            found["counts"] = [*(getattr(output.stats, name) for name in COUNTS), *accepted, *[0] * (gamma - len(accepted))]
+        return found
+
+    return lambda prompts: [answer(prompt) for prompt in prompts]
+
+
+def start_worker(engine: str, python: str, settings: dict, log: Path, stack: ExitStack):
+    """The version of an engine, and serve(prompts) by a process of its own, which ends with `stack`."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    openmp = Path(python).parents[1] / "lib" / "libiomp5.so"
+    if engine == "vllm" and openmp.is_file():  # it asks for it, or drafting is slow
+        environment["LD_PRELOAD"] = str(openmp)
+    command, pipes = (
+        [python, engines.__file__, engine, json.dumps(settings)],
+        dict.fromkeys(("stdin", "stdout"), subprocess.PIPE),
+    )
+    with log.open("w") as errors:
+        process = stack.enter_context(subprocess.Popen(command, env=environment, text=True, stderr=errors, **pipes))
+    stack.callback(process.kill)
+
+    def answer():
+        if line := process.stdout.readline():
+            return json.loads(line)
+        lines = log.read_text(errors="replace").strip().splitlines() or ["without a word"]
+        raise ValueError(f"{engine} stopped: " + next((line for line in reversed(lines) if "Error" in line), lines[-1]).strip())
+
+    def serve(prompts):
+        print(json.dumps(prompts), file=process.stdin, flush=True)
+        return answer()
+
+    return answer()["version"], serve
+
+
+def export_openvino(path: str, out: Path, python: str) -> str:
+    command = engines.export_command(path, str(out), str(Path(python).with_name("optimum-cli")))
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"cannot export {path} to OpenVINO: {done.stderr.strip().splitlines()[-1]}")
+    return str(out)
+
+
+def engines_command(args) -> None:
+    """A target with each draft in each engine: tokens that must be ours, counts explained to the token, speed-ups."""
+    pythons = {engine: path for engine, path in (("vllm", args.vllm_python), ("openvino", args.openvino_python)) if path}
+    for engine, python in pythons.items():
+        if not Path(python).is_file():
+            raise ValueError(f'--{engine}-python: no such file: {python} (the README\'s "Serve it" makes one)')
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        save(args, compare_engines(args, pythons, folder, stack))
+
+
+def compare_engines(args, pythons: dict[str, str], folder: Path, stack: ExitStack) -> dict:
+    device, limit, gamma = torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.max_new_tokens, args.gamma
+    paths = [args.target, *args.draft]
+    loaded = [speculative.load_pair(args.target, path, torch.float32, device) for path in args.draft]
+    (target, _, tokenizer), drafts = loaded[0], [draft for _, draft, _ in loaded]
+    if len({model.config.vocab_size for model in (target, *drafts)}) > 1:
+        paths = [engines.cut_vocabulary(path, str(folder / f"cut{i}")) for i, path in enumerate(paths)]
+        target, *drafts = (speculative._load(path, torch.float32, device) for path in paths)
+    names = [Path(path).name for path in args.draft]
+    names = names if len({*names}) == len(names) else args.draft
+    models, prompts, source = dict(zip(names, drafts, strict=True)), *decode_prompts(args, tokenizer, device)
+    ends = end_tokens(target, tokenizer)
+    if not ends:
+        raise ValueError(f"{args.target}: no end token; set eos_token_id in its generation_config.json")
+    for ids in prompts:
+        speculative._check_prompt((target, *drafts), ids, None, limit + gamma + 1)
+
+    make_greedy(target, drafts, ends, limit, gamma)
+    settings = {"gamma": gamma, "max_new_tokens": limit, "ends": ends}
+    servers, versions = {}, {"transformers": transformers.__version__}
+    for name in (None, *names):
+        servers |= {(e, name): local_server(e, target, models.get(name), ends, limit, gamma) for e in ("ours", "transformers")}
+    for engine, python in pythons.items():
+        folders = paths
+        if engine == "openvino":
+            folders = [export_openvino(path, folder / f"openvino{i}", python) for i, path in enumerate(paths)]
+        for name, path in zip([None, *names], [None, *folders[1:]], strict=True):
+            why = name and engines.unservable(engine, [model.config.model_type for model in (target, models[name])])
+            if why:
+                print(f"{engine} cannot serve {name}: {why}")
+                continue
+            pair = {"target": folders[0], "draft": path} | settings
+            versions[engine], servers[engine, name] = start_worker(engine, python, pair, folder / f"{len(servers)}.log", stack)
+
+    beyond = [autoregressive_generate(target, ids, max_new_tokens=limit + gamma + 1)[0, ids.shape[1] :] for ids in prompts]
+    texts, token_ids = [response(row[:limit], ends) for row in beyond], [ids[0].tolist() for ids in prompts]
+    found, new = {name: {} for name in names}, sum(map(len, texts))
+    for (engine, name), serve in servers.items():  # this also warms up
+        answers = serve(token_ids)
+        for number, (text, answer) in enumerate(zip(texts, answers, strict=True), 1):
+            if answer["tokens"] != text:
+                raise ValueError(f"{engine}, {name}: prompt {number} gives {answer['tokens']}, the target alone {text}")
+        if name:
+            counts = [each["counts"] for each in answers]
+            found[name][engine] = explain(engine, name, counts, models[name], prompts, beyond, texts, limit, gamma, ends)
+
+    turns, order = {key: [] for key in servers}, list(servers)
+    for number in range(args.rounds):
+        for key in order[number % len(order) :] + order[: number % len(order)]:
+            answers = servers[key](token_ids)
+            turns[key].append(np.sum([(each["seconds"], *each.get("drafting", (0, 0))) for each in answers], 0).tolist())
+    for (engine, name), taken in turns.items():
+        if name:
+            found[name][engine] |= speed(turns[engine, None], taken, new, found[name][engine]["counts"]["target_calls"])
+    for name, by_engine in found.items():
+        report_engines(name, by_engine, len(texts))
+    protocol = {"prompts": source, "new_tokens": [*map(len, texts)], "max_new_tokens": limit, "gamma": gamma, "temperature": 0}
+    protocol |= {"dtype": "float32", "rounds": args.rounds, "versions": versions}
+    return {"protocol": protocol, "drafts": found}
+
+
+def explain(engine, name, counted_by_it, draft, prompts, beyond, texts, limit, gamma, ends) -> dict:
+    """An engine's counts, ours, and what each of its rules adds to ours, summed over prompts.
+
+    Raises ValueError for a prompt whose counts are not those of the replay with all the engine's rules.
+    """
+    rules, replayed = ENGINES[engine], []
+    for number, (counts, ids, row, text) in enumerate(zip(counted_by_it, prompts, beyond, texts, strict=True), 1):
+        whole, width = torch.cat([ids[0], row])[None], ids.shape[1]
+
+        @functools.cache
+        def propose(start, whole=whole, width=width):
+            return autoregressive_generate(draft, whole[:, : width + start], max_new_tokens=gamma)[0, width + start :]
+
+        steps = [replay(row.tolist(), len(text), propose, limit, gamma, ends, rules[:n]) for n in range(len(rules) + 1)]
+        if counts != steps[-1][: len(counts)]:
+            raise ValueError(f"{engine}, {name}, prompt {number}: counts {counts}, and its rules give {steps[-1]}")
+        replayed.append(steps)
+    totals = np.sum(replayed, 0)  # [1 + rules, counts]
+
+    def named(counts):
+        return dict(zip(COUNTS, counts, strict=False)) | {"accepted_by_position": counts[len(COUNTS) :]}
+
+    return {
+        "identical_prompts": len(texts),
+        "counts": named(np.sum(counted_by_it, 0).tolist()),
+        "ours": named(totals[0].tolist()),
+        "added_to_ours": {RULES[rule]: named(more) for rule, more in zip(rules, np.diff(totals, axis=0).tolist(), strict=True)},
+    }
+
+
+def speed(alone, taken, new: int, calls: int) -> dict:
+    """The speed-up over the target alone in the same engine, and the terms of its cost model, prompts included.
+
+    alone, taken: by round, (seconds, draft steps, seconds in them); new: tokens written; calls: target calls.
+    """
+    unit = statistics.median(seconds for seconds, _, _ in alone) / new
+    steps, c = taken[0][1] / calls, statistics.median(spent / steps for _, steps, spent in taken) / unit
+    rest = statistics.median(seconds for seconds, _, _ in taken) / calls / unit - steps * c
+    cost = {"unit_seconds": unit, "tau": new / calls, "drafts": steps, "c": c, "v+o": rest}
+    cost["break_even_c"] = break_even(cost["tau"], steps, rest, 0)
+    return {"speedup": spread([a[0] / b[0] for a, b in zip(alone, taken, strict=True)]), "cost_model": cost}
+
+
+def report_engines(name: str, by_engine: dict, prompts: int) -> None:
+    """What `engines` found about one draft, for a person."""
+    for engine, found in by_engine.items():
+        cost, speedup = found["cost_model"], found["speedup"]
+        print(f"{name} in {engine}: the target's own tokens for {prompts} of {prompts} prompts")
+        for key in COUNTS:
+            terms = [f" {more[key]:+d} ({rule})" for rule, more in found["added_to_ours"].items() if more[key]]
+            ours = f" = ours {found['ours'][key]}{''.join(terms)}" if engine != "ours" else ""
+            print(f"  {key} {found['counts'][key]}{ours}")
+        print(
+            "  speed-up {median:.2f} ({low:.2f} to {high:.2f})".format(**speedup)
+            + ", tau {tau:.2f}, {drafts:.1f} drafts a call at c {c:.3f}, v + o {v+o:.2f}".format(**cost)
+        )
+        if speedup["median"] <= 1:
+            free = cost["break_even_c"] <= 0
+            print("  no gain" + (", even if drafts were free" if free else f": that takes c below {cost['break_even_c']:.3f}"))
 
 
 # train
@@ -849,18 +1104,23 @@ def main(argv: list[str] | None = None) -> int:
     add("--first", type=int, required=True, help="how many of the first layers to keep")
     add("--last", type=int, required=True, help="how many of the last layers to keep")
 
-    add = commands.add_parser("decode", help="decoding against transformers', and the cost model").add_argument
-    add("--target", required=True, help="folder or Hub id")
-    add("--draft", required=True, help="folder or Hub id")
-    add("--prompts", help='JSON lines with a "prompt" each (default: rows of the offline task)')
-    add("--chat", action="store_true", help="put the prompts into the tokenizer's chat template")
-    add("--data-dir", help="take the prompts from <data-dir>/gsm8k/test.jsonl")
-    add("--gamma", type=int, default=5, help="tokens drafted a round")
-    add("--max-new-tokens", type=int, default=64)
-    add("--batch", type=int, default=8, help="prompts: decoded one by one, and all at once")
-    add("--rounds", type=int, default=5, help="rounds of turns that ratios are formed in")
-    add("--repeats", type=int, default=3, help="times each forward is timed for the cost model in a round")
-    add("--json", help="write all figures to this file")
+    decode = commands.add_parser("decode", help="decoding against transformers', and the cost model")
+    decode.add_argument("--draft", required=True, help="folder or Hub id")
+    decode.add_argument("--repeats", type=int, default=3, help="times each forward is timed for the cost model in a round")
+    served = commands.add_parser("engines", help="tokens, counts and speed-ups in the engines people serve with")
+    served.add_argument("--draft", required=True, nargs="+", help="folders")
+    served.add_argument("--vllm-python", help="python of an environment with vLLM")
+    served.add_argument("--openvino-python", help="python of one with OpenVINO GenAI and optimum-intel")
+    for add in (decode.add_argument, served.add_argument):
+        add("--target", required=True, help="folder or Hub id")
+        add("--prompts", help='JSON lines with a "prompt" each (default: rows of the offline task)')
+        add("--chat", action="store_true", help="put the prompts into the tokenizer's chat template")
+        add("--data-dir", help="take the prompts from <data-dir>/gsm8k/test.jsonl")
+        add("--gamma", type=int, default=5, help="tokens drafted a round")
+        add("--max-new-tokens", type=int, default=64)
+        add("--batch", type=int, default=8, help="prompts: decoded one by one (by decode also all at once)")
+        add("--rounds", type=int, default=5, help="rounds of turns that ratios are formed in")
+        add("--json", help="write all figures to this file")
 
     add = commands.add_parser("train", help="training against the official step").add_argument
     add(
@@ -901,6 +1161,7 @@ def main(argv: list[str] | None = None) -> int:
         commands = {
             "drop-layers": drop_layers_command,
             "decode": decode_command,
+            "engines": engines_command,
             "train": train_command,
             "scale": scale_command,
             "faults": faults_command,

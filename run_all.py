@@ -35,9 +35,10 @@ import torch.distributed as dist
 import transformers
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 
 import data
+import engines
 import train
 from adaspec import select_tokens, token_kl
 from distillspec import DIVERGENCES
@@ -286,6 +287,24 @@ def scratch_model(sizes: dict, tokenizer, seed: int):
     return AutoModelForCausalLM.from_config(config)
 
 
+def serving(target, draft, gamma: int, folder: Path) -> str:
+    """The commands that serve a finished pair in each engine that can. Heads of unequal size are cut for it, into `folder`."""
+    paths = [str(target), str(draft)]
+    configs = [AutoConfig.from_pretrained(path) for path in paths]
+    if configs[0].vocab_size != configs[1].vocab_size:
+        cut, note, of = [str(folder / role) for role in ("target", "draft")], folder / "cut.json", list(map(identity, paths))
+        if not note.is_file() or json.loads(note.read_text())["of"] != of:
+            for path, out in zip(paths, cut, strict=True):
+                engines.cut_vocabulary(path, out)
+            write(note, {"of": of})
+        paths = cut
+    lines = ["\nTo serve it (environments: README):"]
+    for engine, command in engines.commands(*paths, gamma).items():
+        why = engines.unservable(engine, [config.model_type for config in configs])
+        lines.append(f"# {engine}: cannot serve it, {why}" if why else f"# {engine}\n{command}")
+    return "\n".join(lines)
+
+
 class Cell:
     """A pair, a task and a seed: their rows, and the stages that end in their part of the table."""
 
@@ -432,6 +451,7 @@ class Cell:
             drafts["AdaSPEC"] = self.fit("adaspec", draft_mark, student, objective, lr, draft_epochs, **made_of)
         rows = self.evaluation(target, drafts)
         if train.rank() == 0:
+            say(serving(target[0], [*drafts.values()][-1][0], args.gamma, self.folder / "serve"))
             for kind in ("target", "reference"):
                 shutil.rmtree(self.folder / f"cache-{kind}", ignore_errors=True)
         return rows
