@@ -290,10 +290,10 @@ def scratch_model(sizes: dict, tokenizer, seed: int):
 def serving(target, draft, gamma: int, folder: Path) -> str:
     """The commands that serve a finished pair in each engine that can. Heads of unequal size are cut for it, into `folder`."""
     paths = [str(target), str(draft)]
-    configs = [AutoConfig.from_pretrained(path) for path in paths]
+    configs = [AutoConfig.from_pretrained(path, trust_remote_code=False) for path in paths]
     if configs[0].vocab_size != configs[1].vocab_size:
         cut, note, of = [str(folder / role) for role in ("target", "draft")], folder / "cut.json", list(map(identity, paths))
-        if not note.is_file() or json.loads(note.read_text())["of"] != of:
+        if read(note).get("of") != of:
             for path, out in zip(paths, cut, strict=True):
                 engines.cut_vocabulary(path, out)
             write(note, {"of": of})
