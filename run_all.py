@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 import data
 import engines
 import train
-from adaspec import select_tokens, token_kl
+from adaspec import select_tokens
 from distillspec import DIVERGENCES
 from speculative import (
     Parser,
@@ -101,6 +101,84 @@ PRESETS = {
 }
 
 
+# The paper's Table 1, alpha in percent of DistillSpec and AdaSPEC: 3-epoch pythia and codegen, then optimal pythia and codegen
+PAPER_ALPHA = {
+    "gsm8k": ((57.58, 62.63), (79.49, 82.79), (66.19, 68.28), (81.49, 83.48)),
+    "alpaca": ((44.34, 47.25), (56.48, 58.80), (65.41, 65.79), (58.05, 60.36)),
+    "mbpp": ((46.88, 47.73), (87.36, 88.76), (49.88, 65.12), (86.60, 87.70)),
+    "cnn_dailymail": ((73.05, 74.22), (79.33, 80.63), (80.15, 80.89), (85.01, 86.29)),
+    "xsum": ((47.24, 49.11), (58.88, 59.93), (56.11, 57.80), (66.78, 68.19)),
+}
+SELECTIONS = ("top", "bottom", "random")
+MATCHES = ("steps", "epochs", "tokens")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train a draft, written NAME[:KEY=VALUE]... on the command line, such as adaspec:k=0.2:select=bottom.
+
+    `match` says what AdaSPEC has in common with a DistillSpec draft of the same epochs: "steps": batch and steps (and so passes
+    over the data); "epochs": passes over the data, in batches 1/k as large, so that a step bears the loss of as many tokens;
+    "tokens": steps in those larger batches, so that as many tokens bear loss in all (the official practice, 1/k the passes).
+    """
+
+    name: str
+    divergence: str = "fkl"  # of the loss
+    k: float = 0.4
+    gap: str = "fkl"  # the divergence whose gap to the reference selects
+    select: str = "top"
+    match: str = "steps"
+    lr: float | None = None
+    epochs: int | None = None
+    reference_epochs: int | None = None
+
+    def __post_init__(self):
+        own = "divergence", "lr", "epochs"
+        for key, value in self.settings().items():
+            if self.name == "distillspec" and key not in own:
+                raise ValueError(f"distillspec has no {key}; it has {', '.join(own)}")
+            valid = {"divergence": DIVERGENCES, "gap": DIVERGENCES, "select": SELECTIONS, "match": MATCHES}.get(key)
+            if valid and value not in valid:
+                raise ValueError(f"{key} {value!r} is none of {', '.join(valid)}")
+        if not 0 < self.k <= 1:
+            raise ValueError(f"k must be in (0, 1], got {self.k}")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be above 0 and finite, got {self.lr}")
+        if min(self.epochs or 1, self.reference_epochs or 1) < 1:
+            raise ValueError("epochs must be at least 1")
+
+    def settings(self) -> dict:
+        """What is not as usual."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name" and getattr(self, f.name) != f.default}
+
+    def __str__(self) -> str:
+        label = {"distillspec": "DistillSpec", "adaspec": "AdaSPEC"}[self.name]
+        return " ".join([label, *(f"{key}={value}" for key, value in self.settings().items())])
+
+    @classmethod
+    def parse(cls, text: str):
+        """Raises ValueError, in one line, for what is no method."""
+        name, *settings = text.split(":")
+        kinds = {f.name: f.type for f in fields(cls) if f.name != "name"}
+        one_of(["distillspec", "adaspec"])(name)
+        chosen = {}
+        for setting in settings:
+            key, _, value = setting.partition("=")
+            one_of(kinds)(key)
+            chosen[key] = float(value) if "float" in str(kinds[key]) else int(value) if "int" in str(kinds[key]) else value
+        return cls(name, **chosen)
+
+
+ABLATIONS = {  # --ablation NAME: a comparison of the paper, as methods
+    "selection": [f"adaspec:select={select}" for select in SELECTIONS],
+    "k": [f"adaspec:k={tenths / 10}" for tenths in range(1, 11)],
+    "divergence": [f"distillspec:divergence={d}" for d in ("fkl", "rkl", "tvd", "jsd")]
+    + [f"adaspec:divergence={d}:gap={d}" for d in ("fkl", "rkl", "tvd", "jsd")],
+    "reference": [f"adaspec:reference_epochs={epochs}" for epochs in range(1, 6)],
+    "match": ["distillspec", *(f"adaspec:match={match}" for match in MATCHES)],
+}
+
+
 def recipe(task: str, pair: str, args) -> dict:
     """Batch size, learning rate and epochs (target, reference, draft) of a cell: the paper's, unless given by flags."""
     batch_size, by_pair = RECIPES.get(task, (16, {}))
@@ -136,19 +214,21 @@ def distillation(target, divergence: str = "fkl"):
     return objective
 
 
-def selective_distillation(target, reference_kl, k: float):
-    """Stage 2, AdaSPEC: forward KL on the top k of the tokens by their gap to the reference, over all ranks.
+def selective_distillation(target, reference_kl, k: float, divergence="fkl", gap="fkl", select="top"):
+    """Stage 2, AdaSPEC: a divergence on the top k of the tokens by their gap to the reference, over all ranks.
 
-    First the KL of all tokens without gradient, then forward and backward on the selected ones alone.
-    `reference_kl(batch)` is KL(p || q_ref) [N].
+    First the gap of all tokens without gradient, then forward and backward on the selected ones alone. `reference_kl(batch)`
+    is KL(p || q_ref) [N], or another divergence, the one named by `gap`. `select`: "bottom" and "random" take as many others.
     """
+    order = {"top": lambda gap: gap, "bottom": torch.neg, "random": lambda gap: gap * 0 + torch.rand_like(gap)}[select]
 
     def objective(hidden, head, batch):
         wanted = target_logits(target, batch)
-        gap = head.per_token(hidden, wanted, token_kl) - reference_kl(batch)
-        gaps, own = train.gather_ragged(gap)
-        rows = select_tokens(gaps, k)[own].nonzero().squeeze(-1)
-        return head.loss(hidden, wanted, token_kl, rows) + 0 * gap.sum(), len(rows)  # 0 * NaN: a NaN gap is a NaN loss
+        gaps = head.per_token(hidden, wanted, DIVERGENCES[gap]) - reference_kl(batch)
+        every, own = train.gather_ragged(order(gaps))
+        rows = select_tokens(every, k)[own].nonzero().squeeze(-1)
+        loss = head.loss(hidden, wanted, DIVERGENCES[divergence], rows)
+        return loss + 0 * gaps.sum(), len(rows)  # 0 * NaN: a NaN gap is a NaN loss
 
     return objective
 
@@ -325,7 +405,7 @@ class Cell:
             self.names = [resolve(name, args.models_dir) for name in (self.pair.target, self.pair.draft)]
             self.models = [check_model(name) for name in self.names]  # without weights
             self.tokenizer = shared_tokenizer(*self.names)
-        test_rows = data.load_rows(task, "test", args.data_dir, args.eval_prompts)
+        test_rows = data.load_rows(task, args.split, args.data_dir, args.eval_prompts)
         for turn in (0, 1):  # rank 0 tokenises, the others read what it has written
             if turn == (train.rank() > 0):
                 (self.examples, dropped), (self.test, test_dropped) = (
@@ -350,11 +430,11 @@ class Cell:
         self.digest = data.digest(self.examples)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def fit(self, name, init, make_model, objective, lr, epochs, batch_size=None, examples=None, **made_of):
+    def fit(self, name, init, make_model, objective, lr, epochs, batch_size=None, examples=None, max_steps=None, **made_of):
         """The stage that trains make_model() on objective(); `init` and `made_of` stand for both in its fingerprint."""
         args = self.args
         hyper = {"lr": lr, "epochs": epochs, "batch_size": batch_size or self.plan["batch_size"], "seed": self.seed}
-        hyper |= {"dtype": args.dtype, "max_steps": args.max_steps}
+        hyper |= {"dtype": args.dtype, "max_steps": min(filter(None, (args.max_steps, max_steps)), default=None)}
 
         def work(mark):
             model = make_model().to(self.device)
@@ -393,19 +473,23 @@ class Cell:
             teacher.use(cache, self.rows_at_once(), f"{self.task} target cache", self.args.save_minutes)
         return teacher
 
-    def selection(self, target, reference):
+    def distillation(self, target, divergence: str):
+        return distillation(self.teacher(target), divergence)
+
+    def selection(self, target, reference, method: Method):
         """Stage 2's objective, with the reference's KL per token in a cache too."""
         teacher, asked = self.teacher(target), self.frozen(reference[0])
+        how = {"k": method.k, "divergence": method.divergence, "gap": method.gap, "select": method.select}
 
         def reference_kl(batch):
-            return asked.head.per_token(asked.hidden(batch), target_logits(teacher, batch), token_kl)
+            return asked.head.per_token(asked.hidden(batch), target_logits(teacher, batch), DIVERGENCES[method.gap])
 
-        cache = self.cache("reference", target[1] + reference[1], 1, torch.float32)
+        cache = self.cache("reference", target[1] + reference[1] + method.gap, 1, torch.float32)
         if not cache:
-            return selective_distillation(teacher, reference_kl, self.args.k)
+            return selective_distillation(teacher, reference_kl, **how)
         fill = self.rows_at_once(), f"{self.task} reference cache", self.args.save_minutes
         cache.fill(reference_kl, self.device, *fill)
-        return selective_distillation(teacher, lambda batch: cache.read(batch).squeeze(1), self.args.k)
+        return selective_distillation(teacher, lambda batch: cache.read(batch).squeeze(1), **how)
 
     def rows_at_once(self) -> int:
         return self.args.micro_batch or self.plan["batch_size"]
@@ -434,34 +518,78 @@ class Cell:
         def student():
             return self.load(draft)
 
-        def distil(epochs):  # one recipe for reference and DistillSpec draft: one model where their epochs are the same
-            name, objective = f"distilled-{epochs}-epochs", lambda: distillation(self.teacher(target))
-            return self.fit(name, draft_mark, student, objective, lr, epochs, target=target[1])
+        @functools.cache  # reference and DistillSpec draft have one recipe, and are one model where all else is equal
+        def distil(epochs, lr, divergence="fkl"):
+            name = f"distilled-{epochs}-epochs" + (f"-{divergence}" if divergence != "fkl" else "")
+            name += f"-lr-{lr:g}" if lr != self.plan["lr"] else ""
+            objective = functools.partial(self.distillation, target, divergence)
+            return self.fit(name, draft_mark, student, objective, lr, epochs, target=target[1], divergence=divergence)
 
-        drafts = {"base": (draft, draft_mark)}
-        if "distillspec" in args.methods:
-            drafts["DistillSpec"] = distil(draft_epochs)
-        if "adaspec" in args.methods:
-            same = "DistillSpec" in drafts and reference_epochs == draft_epochs
-            reference = drafts["DistillSpec"] if same else distil(reference_epochs)
-            made_of = {"target": target[1], "reference": reference[1], "k": args.k}
+        drafts, stages = {"base": (draft, draft_mark)}, {}
+        for method in args.methods:
+            own_lr, epochs, label = method.lr or lr, method.epochs or draft_epochs, str(method)
+            if method.name == "distillspec":
+                drafts[label] = distil(epochs, own_lr, method.divergence)
+                stages[label] = [drafts[label]]
+                continue
+            reference = distil(method.reference_epochs or reference_epochs, lr)
+            made_of = {"target": target[1], "reference": reference[1]}
+            made_of |= {key: getattr(method, key) for key in ("k", "divergence", "gap", "select")}
             if args.micro_batch:  # the quantile is then over the micro-batches that the ranks process together
                 made_of |= {"micro_batch": args.micro_batch, "ranks": train.world_size()}
-            objective = functools.partial(self.selection, target, reference)
-            drafts["AdaSPEC"] = self.fit("adaspec", draft_mark, student, objective, lr, draft_epochs, **made_of)
-        rows = self.evaluation(target, drafts)
+            made_of |= self.matching(method, epochs) | {"lr": own_lr}
+            objective = functools.partial(self.selection, target, reference, method)
+            name = "-".join(["adaspec", *(f"{key}-{value}" for key, value in method.settings().items())])
+            drafts[label] = self.fit(name, draft_mark, student, objective, **made_of)
+            stages[label] = [reference, drafts[label]]
+        took = {label: self.took(made) for label, made in stages.items()}
+        rows = self.evaluation(target, drafts, took)
         if train.rank() == 0:
             say(serving(target[0], [*drafts.values()][-1][0], args.gamma, self.folder / "serve"))
             for kind in ("target", "reference"):
                 shutil.rmtree(self.folder / f"cache-{kind}", ignore_errors=True)
         return rows
 
-    def evaluation(self, target, drafts: dict) -> list[dict]:
+    def matching(self, method: Method, epochs: int) -> dict:
+        """Batch size, epochs and bound on the steps of stage 2, see `Method`."""
+        batch_size, rows = self.plan["batch_size"], len(self.examples)
+        if method.match == "steps":
+            return {"epochs": epochs, "batch_size": batch_size}
+        larger = round(batch_size / method.k)
+        if method.match == "epochs":
+            return {"epochs": epochs, "batch_size": larger}
+        steps = epochs * -(-rows // batch_size)
+        return {"epochs": -(-steps // -(-rows // larger)), "batch_size": larger, "max_steps": steps}
+
+    def took(self, stages: list[tuple[Path, str]]) -> dict:
+        """What a draft's training took, its reference's included: passes over the data, optimiser steps, tokens that bore
+        loss, rows that the target was run on and seconds (without the cache's and those of stages that it shares)."""
+        summaries = [read(folder / "stage.json")["summary"] for folder, _ in stages]
+        took = {key: sum(summary[key] for summary in summaries) for key in ("rows", "steps", "loss_tokens", "seconds")}
+        cached = self.cache_bytes() <= self.args.cache_gb * 2**30
+        return took | {
+            "epochs": took["rows"] / len(self.examples),
+            "target_forwards": len(self.examples) if cached else took["rows"],
+        }
+
+    def cache_bytes(self) -> int:
+        """The size of the cache of the target's hidden states."""
+        width = self.models[0].get_output_embeddings().weight.shape[1]
+        return self.dtype.itemsize * width * sum(len(e.input_ids) - max(e.prompt_length, 1) for e in self.examples)
+
+    def evaluation(self, target, drafts: dict, took: dict) -> list[dict]:
         """The last stage: the drafts' rows of the table, from `evaluation.json` where nothing has changed."""
         flags = ("gamma", "max_new_tokens", "max_length", "dtype", "eval_batch")
-        protocol = {"pair": self.pair_name, "task": self.task, "seed": self.seed, "split": "test", "prompts": len(self.test)}
+        protocol = {
+            "pair": self.pair_name,
+            "task": self.task,
+            "seed": self.seed,
+            "split": self.args.split,
+            "prompts": len(self.test),
+        }
         protocol |= {"timed_prompts": min(self.args.timed_prompts, len(self.test))}
         protocol |= {flag: getattr(self.args, flag) for flag in flags} | {"device": self.device.type} | versions()
+        protocol |= {"regime": self.args.regime}
         marks = {"target": target[1], "test": data.digest(self.test), **{name: mark for name, (_, mark) in drafts.items()}}
         mark, note = fingerprint(protocol | marks), self.folder / "evaluation.json"
         saved = train.agreed(read(note) if train.rank() == 0 else {})
@@ -471,7 +599,7 @@ class Cell:
         asked, label, started = self.load(target[0], self.dtype), f"{self.task} evaluation", time.time()
         rows = evaluate(asked, models, self.test, self.tokenizer, self.args, self.seed, label)
         protocol |= {"ranks": train.world_size()}
-        rows = train.agreed([protocol | row for row in rows])  # rank 0's have the timings
+        rows = train.agreed([protocol | row | took.get(row["draft"], {}) for row in rows])  # rank 0's have the timings
         if train.rank() == 0:
             write(note, {"fingerprint": mark, "git": git_commit(), "seconds": round(time.time() - started), "rows": rows})
         return rows
@@ -568,15 +696,20 @@ def clock(device) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    """The results as a Markdown table, and under it the protocol they were measured by."""
+    """The results as Markdown: acceptance (beside the paper's, where it has the cell), the protocol, and what training took."""
     columns = "task | pair | seed | T | draft | alpha (95% interval) | tau | expected acceptance | argmax agreement | speed-up"
+    columns += " | paper's alpha"
     lines = [f"| {columns} |", "|" + " --- |" * (columns.count("|") + 1)]
     for row in rows:
         low, high = row["alpha_interval"]
         lines.append(
             "| {task} | {pair} | {seed} | {temperature:g} | {draft} | {alpha:.3f} ({low:.3f}-{high:.3f}) | {tau:.2f} "
-            "| {expected_acceptance:.3f} | {agreement:.3f} | {speedup:.2f}x |".format(**row, low=low, high=high)
+            "| {expected_acceptance:.3f} | {agreement:.3f} | {speedup:.2f}x | {paper} |".format(
+                **row, low=low, high=high, paper=paper_alpha(row)
+            )
         )
+    if not any(paper_alpha(row) for row in rows):
+        lines = [line[: line.rstrip("|").rindex("|") + 1] for line in lines]
     protocol = (
         "{task}: first {prompts} {split} prompts (speed-up: {timed_prompts}, one by one), gamma {gamma}, max_new_tokens "
         "{max_new_tokens}, {dtype}, {ranks} x {device}, torch {torch}"
@@ -587,7 +720,23 @@ def table(rows: list[dict]) -> str:
         "alpha = accepted / judged, interval by bootstrap over prompts; tau = tokens per target call; expected acceptance"
     ]
     lines += ["and argmax agreement on the target's own text; speed-up over the target alone, median over prompts."]
+    columns = "task | pair | seed | draft | epochs | steps | loss-bearing tokens | target forwards | seconds"
+    lines += ["", "What training took, the reference's included (target forwards: rows, cached ones once):", ""]
+    lines += [f"| {columns} |", "|" + " --- |" * (columns.count("|") + 1)]
+    cells = (
+        "| {task} | {pair} | {seed} | {draft} | {epochs:.1f} | {steps} | {loss_tokens} | {target_forwards} | {seconds:.0f} |"
+    )
+    lines += dict.fromkeys(cells.format(**row) for row in rows if "steps" in row)
     return "\n".join(lines)
+
+
+def paper_alpha(row: dict) -> str:
+    """The paper's alpha of a row's cell, "" where it has none: it has DistillSpec and AdaSPEC, and names no temperature."""
+    pairs, drafts = ["pythia", "codegen"], ["DistillSpec", "AdaSPEC"]
+    if row["task"] not in PAPER_ALPHA or row["pair"] not in pairs or row["draft"] not in drafts:
+        return ""
+    cell = PAPER_ALPHA[row["task"]][2 * (row["regime"] == "optimal") + pairs.index(row["pair"])]
+    return f"{cell[drafts.index(row['draft'])] / 100:.3f}"
 
 
 def some_of(valid):
@@ -630,7 +779,12 @@ def parse(argv=None):
     add("--pairs", type=some_of(pairs), default="pythia,codegen", help=f"comma-separated, of {', '.join(pairs)}")
     add("--target", help="with --pairs custom: Hub id or folder of your target")
     add("--draft", help="with --pairs custom: Hub id or folder of your draft")
-    add("--methods", type=some_of(["distillspec", "adaspec"]), default="distillspec,adaspec")
+    add("--methods", default="distillspec,adaspec", help="comma-separated, each NAME[:KEY=VALUE]..., see Method in the source")
+    add("--ablation", type=one_of(ABLATIONS), help=f"--methods of a comparison: {', '.join(ABLATIONS)}")
+    for key in ("divergence", "gap"):
+        add(f"--{key}", type=one_of(DIVERGENCES), default="fkl", help="of methods that name none (gap: of adaspec)")
+    add("--match", type=one_of(MATCHES), default="steps", help="what AdaSPEC has in common with DistillSpec, see Method")
+    add("--split", type=one_of(["validation", "test"]), default="test", help="rows to evaluate on: choose on validation")
     add("--regime", type=one_of(["3-epoch", "optimal"]), default="3-epoch", help="the paper's epochs: 3-epoch or optimal")
     add("--seeds", type=numbers, default="0", help="comma-separated")
     add("--data-dir", help="rows from <data-dir>/<task>/<split>.jsonl instead of the Hub")
@@ -668,6 +822,20 @@ def parse(argv=None):
         parser.error(f"--seeds must be different numbers of at least 0 and below 2**32, got {','.join(map(str, args.seeds))}")
     if not 0 < args.k <= 1:
         parser.error(f"--k must be in (0, 1], got {args.k}")
+    texts, usual = ABLATIONS[args.ablation] if args.ablation else args.methods.split(","), vars(Method("adaspec"))
+    args.methods = []
+    for text in texts:
+        try:
+            method = Method.parse(text)
+            flags = {
+                key: getattr(args, key) for key in ("divergence", "gap", "k", "match") if getattr(method, key) == usual[key]
+            }
+            flags = {key: value for key, value in flags.items() if method.name == "adaspec" or key == "divergence"}
+            args.methods.append(replace(method, **flags))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            parser.error(f"--methods: {text!r}: {error}")
+    if twice := [str(method) for method in args.methods if args.methods.count(method) > 1]:
+        parser.error(f"--methods: {twice[0]} is there twice")
     if args.epochs and (len(args.epochs) != 3 or args.epochs[0] < 0 or min(args.epochs[1:]) < 1):
         parser.error("--epochs takes three numbers: target (0 or more), reference and draft (1 or more)")
     if "custom" in args.pairs and not (args.target and args.draft):
@@ -717,13 +885,9 @@ def preflight(args, device) -> None:
                 if rows // -(-rows // size) < world:
                     raise ValueError(f"{task}: {rows} rows in batches of {size} do not feed {world} ranks; raise --batch")
             target, draft = (sum(p.numel() for p in model.parameters()) for model in cell.models)
-            stages = {epochs[0]} if "adaspec" in args.methods else set()
-            stages |= {epochs[1]} if "distillspec" in args.methods else set()
-            drafts = len(stages) + ("adaspec" in args.methods) + cell.scratch
+            drafts = len(args.methods) + 1 + cell.scratch  # with a reference
             trained = bool(target_epochs) + cell.scratch
-            width = cell.models[0].get_output_embeddings().weight.shape[1]
-            cache = item * width * sum(len(e.input_ids) - max(e.prompt_length, 1) for e in cell.examples)
-            cache = cache if cache <= args.cache_gb * gib else 0
+            cache = cell.cache_bytes() if cell.cache_bytes() <= args.cache_gb * gib else 0
             weights, state = 4 * (target * trained + draft * drafts), max(24 * target if trained else 0, 24 * draft + cache)
             for folder in (cell.folder.with_name(f"seed{seed}") for seed in args.seeds):
                 if not (folder / "evaluation.json").is_file():  # what an unfinished cell has on the disk is not needed again

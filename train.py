@@ -536,7 +536,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
     order = [(epoch, rows) for epoch in range(epochs) for rows in batches(lengths, batch_size, seed, epoch)][:max_steps]
-    summary = {"steps": 0, "skipped_steps": 0, "tokens": 0, "loss_tokens": 0, "loss": math.nan, "seconds": 0.0}
+    summary = {"steps": 0, "skipped_steps": 0, "rows": 0, "tokens": 0, "loss_tokens": 0, "loss": math.nan, "seconds": 0.0}
     found = agreed(checkpoints.newest() if checkpoints and rank() == 0 else None)
     if found:
         state = torch.load(found, map_location="cpu", weights_only=True)
@@ -592,6 +592,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         summary["steps"] += 1
         summary["skipped_steps"] += scaler.get_scale() < before
+        summary["rows"] += len(rows)
         summary["tokens"] += sum(lengths[i] for i in rows)
         summary["loss_tokens"] += int(count)
         summary["loss"] = total / max(count, 1)
