@@ -144,7 +144,7 @@ class Method:
             raise ValueError(f"k must be in (0, 1], got {self.k}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be above 0 and finite, got {self.lr}")
-        if min(self.epochs or 1, self.reference_epochs or 1) < 1:
+        if any(epochs is not None and epochs < 1 for epochs in (self.epochs, self.reference_epochs)):
             raise ValueError("epochs must be at least 1")
 
     def settings(self) -> dict:

@@ -45,7 +45,10 @@ def test_every_stage_and_the_table(finished, capsys):
         if row["temperature"] == 0:
             assert row["expected_acceptance"] == row["agreement"]
     text = run_all.table(results["rows"])
-    cells, protocol = text.split("\n\n")
+    cells, protocol, _, took = text.split("\n\n")
+    assert (
+        "| arithmetic | tiny | 0 | DistillSpec | 1.0 | 3 |" in took and "| arithmetic | tiny | 0 | AdaSPEC | 2.0 | 6 |" in took
+    )
     assert len({line.count("|") for line in cells.splitlines()}) == 1 and cells.count("AdaSPEC") == 2
     assert "first 6 test prompts (speed-up: 1, one by one), gamma 5, max_new_tokens 12, float32, 1 x" in protocol
 
@@ -71,8 +74,12 @@ def test_complete_stages_are_not_run_again_and_a_changed_setting_reruns_what_dep
     with pytest.raises(ValueError, match="torchrun"):
         run_all.main([*SHORT, "--out", str(finished), "--shard-target"])
     run_all.main([*SHORT, "--out", str(finished), "--k", "0.2"])
+    assert "  adaspec-k-0.2: 3 steps" in capsys.readouterr().out
+    run_all.main([*SHORT, "--out", str(finished), "--batch", "12"])
     rerun = {p.parent.name for p, time in before.items() if p.stat().st_mtime_ns != time}
-    assert rerun == {"adaspec"}
+    assert rerun == {"target", "distilled-3-epochs", "adaspec"}
+    before = {path: path.stat().st_mtime_ns for path in before}
+    run_all.main([*SHORT, "--out", str(finished)])
     run_all.main([*SHORT, "--out", str(finished), "--target-lr", "1e-4"])
     rerun = {p.parent.name for p, time in before.items() if p.stat().st_mtime_ns != time}
     assert rerun == {"target", "distilled-3-epochs", "adaspec"}
@@ -86,7 +93,7 @@ def test_two_ranks_end_in_the_same_models(finished, tmp_path):
     command = [*launcher, str(ROOT / "run_all.py"), *SHORT, "--out", str(double)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("| AdaSPEC |") == 2, "only rank 0 may print"
+    assert done.stdout.count("| AdaSPEC |") == 3, "only rank 0 may print"
     for path in single.rglob("model.safetensors"):
         both = (load_file(path), load_file(double / path.relative_to(single)))
         ours, theirs = (torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in both)
@@ -199,3 +206,90 @@ def test_recipes_are_the_papers():
     assert cell("cnn_dailymail", "pythia", "optimal") == (16, 1e-4, (1, 10, 10))
     assert cell("xsum", "pythia", "3-epoch") == (16, 3e-4, (3, 3, 3))
     assert cell("xsum", "codegen", "optimal") == (16, 1e-4, (1, 10, 10))
+
+
+def test_methods_are_read_and_named():
+    method = run_all.Method.parse("adaspec:k=0.2:select=bottom:gap=tvd:epochs=4")
+    assert (method.k, method.select, method.gap, method.epochs, method.divergence) == (0.2, "bottom", "tvd", 4, "fkl")
+    assert str(method) == "AdaSPEC k=0.2 gap=tvd select=bottom epochs=4" and str(run_all.Method("distillspec")) == "DistillSpec"
+    args = run_all.parse(["--methods", "distillspec,adaspec:k=0.4,adaspec:gap=rkl", "--gap", "tvd", "--k", "0.3"])
+    assert [str(m) for m in args.methods] == ["DistillSpec", "AdaSPEC k=0.3 gap=tvd", "AdaSPEC k=0.3 gap=rkl"]
+    assert [m.k for m in run_all.parse(["--ablation", "k"]).methods] == [n / 10 for n in range(1, 11)]
+    for name in run_all.ABLATIONS:
+        assert len(run_all.parse(["--ablation", name]).methods) >= 3
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("adaspek", "did you mean 'adaspec'"),
+        ("adaspec:kk=1", "expected one of"),
+        ("adaspec:k=0", "k must be in"),
+        ("adaspec:k=x", "could not convert"),
+        ("adaspec:select=best", "none of top, bottom, random"),
+        ("adaspec:divergence=kl", "none of fkl"),
+        ("distillspec:k=0.2", "distillspec has no k"),
+        ("adaspec:epochs=0", "epochs must be at least 1"),
+        ("adaspec:lr=inf", "lr must be above 0"),
+        ("adaspec,adaspec", "is there twice"),
+    ],
+)
+def test_bad_methods(method, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_all.parse(["--methods", method])
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_matchings_share_what_they_say(tmp_path):
+    """Against DistillSpec: steps and passes; passes and tokens a step; steps and loss-bearing tokens in all."""
+    few = "--preset tiny --limit 200 --eval-prompts 2 --timed-prompts 1 --max-new-tokens 8 --epochs 1,2,2".split()
+    run_all.main([*few, "--ablation", "match", "--split", "validation", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {row["split"] for row in rows} == {"validation"}
+    found = {row["draft"]: row for row in rows}
+    uniform, matched = (
+        found["DistillSpec"],
+        {m: found[f"AdaSPEC match={m}"] for m in ("epochs", "tokens")} | {"steps": found["AdaSPEC"]},
+    )
+    own = {m: {key: row[key] - uniform[key] for key in ("epochs", "steps", "loss_tokens")} for m, row in matched.items()}
+    assert own["steps"]["steps"] == uniform["steps"] and own["steps"]["epochs"] == uniform["epochs"] == 2
+    assert own["steps"]["loss_tokens"] == pytest.approx(0.4 * uniform["loss_tokens"], rel=0.01)
+    assert own["epochs"]["epochs"] == 2 and own["epochs"]["steps"] == 2 * 5 and uniform["steps"] == 2 * 13
+    assert own["epochs"]["loss_tokens"] == pytest.approx(0.4 * uniform["loss_tokens"], rel=0.01)
+    assert own["tokens"]["steps"] == uniform["steps"]
+    assert own["tokens"]["loss_tokens"] == pytest.approx(uniform["loss_tokens"], rel=0.05)
+    assert {row["target_forwards"] for row in matched.values()} == {200}
+
+
+def test_selection_takes_top_bottom_or_any(make_model, tmp_path, tokenizer):
+    import train
+
+    examples, _ = data.encode("arithmetic", data.load_rows("arithmetic", "train", limit=8), tokenizer, 128)
+    target, draft = train.Frozen(make_model(seed=1), 400), make_model(seed=2)
+    batch = train.make_batch(examples, list(range(8)), torch.device("cpu"))
+    hidden, head = train.hidden_states(draft, batch).detach(), train.Head(draft, 400)
+    gap = head.per_token(hidden, run_all.target_logits(target, batch), run_all.DIVERGENCES["tvd"])
+
+    def loss(select, **how):
+        how = {"divergence": "fkl", "gap": "tvd"} | how
+        objective = run_all.selective_distillation(target, lambda batch: torch.zeros(len(gap)), 0.25, select=select, **how)
+        summed, count = objective(hidden, head, batch)
+        return summed.item(), count
+
+    kl = head.per_token(hidden, run_all.target_logits(target, batch), run_all.DIVERGENCES["fkl"])
+    order = gap.argsort(descending=True)
+    count = loss("top")[1]
+    assert abs(count - len(gap) / 4) <= 1 and loss("bottom")[1] == loss("random")[1] == count
+    assert loss("top")[0] == pytest.approx(kl[order[:count]].sum().item(), rel=1e-5)
+    assert loss("bottom")[0] == pytest.approx(kl[order[-count:]].sum().item(), rel=1e-5)
+    assert loss("top", divergence="tvd")[0] == pytest.approx(gap[order[:count]].sum().item(), rel=1e-5)
+    torch.manual_seed(0)
+    first = loss("random")
+    assert first != loss("random")
+
+
+def test_the_papers_numbers_are_beside_ours():
+    row = {"task": "mbpp", "pair": "pythia", "draft": "AdaSPEC", "regime": "optimal"}
+    assert run_all.paper_alpha(row) == "0.651"
+    assert run_all.paper_alpha(row | {"regime": "3-epoch", "pair": "codegen", "draft": "DistillSpec"}) == "0.874"
+    assert not any(run_all.paper_alpha(row | other) for other in ({"pair": "tiny"}, {"draft": "base"}, {"task": "arithmetic"}))
