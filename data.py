@@ -296,21 +296,34 @@ def encode_once(folder: Path, task: str, rows: Sequence[dict], tokenizer, max_le
     for row in rows:
         key.update(spec.prompt(row).encode() + b"\0" + spec.response(row).encode() + b"\0")
     path = Path(folder, f"{key.hexdigest()[:32]}.tokens")
-    if path.is_file():
-        content = bytearray(path.read_bytes())  # writable, as torch wants its arrays
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
-            dropped, count, *_ = numbers = np.frombuffer(content, np.int32, offset=32)
-            lengths, prompt_lengths = numbers[2 : 2 + 2 * count].reshape(2, count)
-            ids = np.split(numbers[2 + 2 * count :], np.cumsum(lengths)[:-1]) if count else []
-            return [Example(*pair) for pair in zip(ids, prompt_lengths.tolist(), strict=True)], int(dropped)
-        warnings.warn(f"{path} is damaged: tokenising anew", stacklevel=2)
-    examples, dropped = encode(task, rows, tokenizer, max_length)
+    found = read_examples(path)
+    if found is None:
+        found = encode(task, rows, tokenizer, max_length)
+        write_examples(path, *found)
+    return found
+
+
+def write_examples(path: Path, examples: Sequence[Example], dropped: int = 0) -> None:
+    """Keep examples in a file: a SHA-256 checksum, and int32 numbers: dropped, count, lengths, prompt lengths, token ids."""
     lengths, prompt_lengths = [len(e.input_ids) for e in examples], [e.prompt_length for e in examples]
     numbers = np.concatenate([[dropped, len(examples)], lengths, prompt_lengths, *(e.input_ids for e in examples)])
     content = numbers.astype(np.int32).tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda file: file.write(hashlib.sha256(content).digest() + content))
-    return examples, dropped
+
+
+def read_examples(path: Path) -> tuple[list[Example], int] | None:
+    """What `write_examples` wrote, (examples, dropped); None where there is no such file or, with a warning, a damaged one."""
+    if not path.is_file():
+        return None
+    content = bytearray(path.read_bytes())  # writable, as torch wants its arrays
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        warnings.warn(f"{path} is damaged: tokenising anew", stacklevel=2)
+        return None
+    dropped, count, *_ = numbers = np.frombuffer(content, np.int32, offset=32)
+    lengths, prompt_lengths = numbers[2 : 2 + 2 * count].reshape(2, count)
+    ids = np.split(numbers[2 + 2 * count :], np.cumsum(lengths)[:-1]) if count else []
+    return [Example(*pair) for pair in zip(ids, prompt_lengths.tolist(), strict=True)], int(dropped)
 
 
 def write_file(path: Path, write: Callable) -> None:

@@ -30,6 +30,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -111,6 +112,8 @@ PAPER_ALPHA = {
 }
 SELECTIONS = ("top", "bottom", "random")
 MATCHES = ("steps", "epochs", "tokens")
+REWRITTEN = ("on-policy", "mixed")
+SOURCES = ("ground-truth", "target", *REWRITTEN)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,9 @@ class Method:
     `match` says what AdaSPEC has in common with a DistillSpec draft of the same epochs: "steps": batch and steps (and so passes
     over the data); "epochs": passes over the data, in batches 1/k as large, so that a step bears the loss of as many tokens;
     "tokens": steps in those larger batches, so that as many tokens bear loss in all (the official practice, 1/k the passes).
+
+    `data` says who writes the responses: "ground-truth": the data set; "target": the target, once; "on-policy": the draft
+    itself, anew every `refresh` steps; "mixed": the draft those of a `share` of the rows, the data set the others.
     """
 
     name: str
@@ -128,20 +134,31 @@ class Method:
     gap: str = "fkl"  # the divergence whose gap to the reference selects
     select: str = "top"
     match: str = "steps"
+    data: str = "ground-truth"
+    share: float = 0.5
+    refresh: int = 50
     lr: float | None = None
     epochs: int | None = None
     reference_epochs: int | None = None
 
     def __post_init__(self):
-        own = "divergence", "lr", "epochs"
+        own = "divergence", "data", "share", "refresh", "lr", "epochs"
         for key, value in self.settings().items():
             if self.name == "distillspec" and key not in own:
                 raise ValueError(f"distillspec has no {key}; it has {', '.join(own)}")
-            valid = {"divergence": DIVERGENCES, "gap": DIVERGENCES, "select": SELECTIONS, "match": MATCHES}.get(key)
+            valid = {
+                "divergence": DIVERGENCES,
+                "gap": DIVERGENCES,
+                "select": SELECTIONS,
+                "match": MATCHES,
+                "data": SOURCES,
+            }.get(key)
             if valid and value not in valid:
                 raise ValueError(f"{key} {value!r} is none of {', '.join(valid)}")
         if not 0 < self.k <= 1:
             raise ValueError(f"k must be in (0, 1], got {self.k}")
+        if not 0 <= self.share <= 1 or self.refresh < 1:
+            raise ValueError(f"share must be in [0, 1] and refresh at least 1, got {self.share} and {self.refresh}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be above 0 and finite, got {self.lr}")
         if any(epochs is not None and epochs < 1 for epochs in (self.epochs, self.reference_epochs)):
@@ -150,6 +167,10 @@ class Method:
     def settings(self) -> dict:
         """What is not as usual."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name" and getattr(self, f.name) != f.default}
+
+    def source(self) -> list:
+        """What stands for the data in a fingerprint."""
+        return [self.data, *([self.share, self.refresh] if self.data in REWRITTEN else [])]
 
     def __str__(self) -> str:
         label = {"distillspec": "DistillSpec", "adaspec": "AdaSPEC"}[self.name]
@@ -430,7 +451,10 @@ class Cell:
         self.digest = data.digest(self.examples)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def fit(self, name, init, make_model, objective, lr, epochs, batch_size=None, examples=None, max_steps=None, **made_of):
+    def fit(
+        self, name, init, make_model, objective, lr, epochs,
+        batch_size=None, examples=None, max_steps=None, rewrite=None, refresh=1, **made_of,
+    ):  # fmt: skip
         """The stage that trains make_model() on objective(); `init` and `made_of` stand for both in its fingerprint."""
         args = self.args
         hyper = {"lr": lr, "epochs": epochs, "batch_size": batch_size or self.plan["batch_size"], "seed": self.seed}
@@ -440,10 +464,10 @@ class Cell:
             model = make_model().to(self.device)
             how = {"vocab_size": len(self.tokenizer), "micro_batch": args.micro_batch, "name": f"{self.task} {name}"}
             checkpoints = train.Checkpoints(checkpoint_folder(self.folder / name), mark)
-            how |= {"checkpoints": checkpoints, "save_minutes": args.save_minutes}
+            how |= {"checkpoints": checkpoints, "save_minutes": args.save_minutes, "rewrite": rewrite, "refresh": refresh}
             return model, train.train(model, examples or self.examples, objective(), **hyper, **how)
 
-        settings = {"stage": name, "init": init, "data": self.digest, **hyper, **made_of}
+        settings = {"stage": name, "init": init, "data": data.digest(examples or self.examples), **hyper, **made_of}
         return stage(self.folder / name, settings, self.tokenizer, work)
 
     def load(self, path, dtype=torch.float32):
@@ -453,43 +477,89 @@ class Cell:
     def frozen(self, path):
         return train.Frozen(self.load(path, self.dtype), len(self.tokenizer))
 
-    def cache(self, kind: str, of: str, width: int, dtype):
-        """A cache of the model(s) `of` over the training rows, yet to be filled; None where it would not fit."""
-        mark = fingerprint({"of": of, "data": self.digest, "dtype": self.args.dtype})
-        made = train.TokenCache(self.folder / f"cache-{kind}", mark, self.examples, width, dtype)
+    def cache(self, kind: str, examples, of: str, width: int, dtype):
+        """A cache of the model(s) `of` over the examples, yet to be filled; None where it would not fit."""
+        mark = fingerprint({"of": of, "data": data.digest(examples), "dtype": self.args.dtype})
+        made = train.TokenCache(self.folder / f"cache-{kind}", mark, examples, width, dtype)
         room = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in made.folder.glob("*.bin"))
         fits = train.agreed(made.bytes <= min(self.args.cache_gb * 2**30, room))
         say(f"  {kind} cache: {made.bytes / 2**30:.3f} GiB" + ("" if fits else ", too large: computed anew in every step"))
         return made if fits else None
 
-    def teacher(self, target):
-        """The target (path, fingerprint), run over the rows once if its hidden states fit into a cache."""
+    def teacher(self, target, examples):
+        """The target (path, fingerprint), run over the examples once if its hidden states fit into a cache; `examples` is None
+        where they change as training goes on."""
         path, mark = target
         teacher = self.frozen(path)
         if self.args.shard_target:
             train.shard_layers(teacher.model)
-        cache = self.cache("target", mark, teacher.head.linear.weight.shape[1], self.dtype)
+        cache = examples and self.cache("target", examples, mark, teacher.head.linear.weight.shape[1], self.dtype)
         if cache:
             teacher.use(cache, self.rows_at_once(), f"{self.task} target cache", self.args.save_minutes)
         return teacher
 
-    def distillation(self, target, divergence: str):
-        return distillation(self.teacher(target), divergence)
+    def distillation(self, target, examples, divergence: str):
+        return distillation(self.teacher(target, examples), divergence)
 
-    def selection(self, target, reference, method: Method):
+    def selection(self, target, reference, examples, method: Method):
         """Stage 2's objective, with the reference's KL per token in a cache too."""
-        teacher, asked = self.teacher(target), self.frozen(reference[0])
+        teacher, asked = self.teacher(target, examples), self.frozen(reference[0])
         how = {"k": method.k, "divergence": method.divergence, "gap": method.gap, "select": method.select}
 
         def reference_kl(batch):
             return asked.head.per_token(asked.hidden(batch), target_logits(teacher, batch), DIVERGENCES[method.gap])
 
-        cache = self.cache("reference", target[1] + reference[1] + method.gap, 1, torch.float32)
+        cache = examples and self.cache("reference", examples, target[1] + reference[1] + method.gap, 1, torch.float32)
         if not cache:
             return selective_distillation(teacher, reference_kl, **how)
         fill = self.rows_at_once(), f"{self.task} reference cache", self.args.save_minutes
         cache.fill(reference_kl, self.device, *fill)
         return selective_distillation(teacher, lambda batch: cache.read(batch).squeeze(1), **how)
+
+    def responses(self, model, rows: list[int], seed: int) -> list[data.Example]:
+        """The examples of these rows with responses that `model` writes, sampled at temperature 1."""
+        found, order = {}, sorted(rows, key=lambda row: self.examples[row].prompt_length)
+        generator, end = torch.Generator(self.device).manual_seed(seed), self.tokenizer.eos_token_id
+        for group in (order[i : i + 4 * self.args.eval_batch] for i in range(0, len(order), 4 * self.args.eval_batch)):
+            train.check_stop()
+            prompts = [
+                torch.from_numpy(self.examples[row].input_ids[: self.examples[row].prompt_length]).long() for row in group
+            ]
+            ids, mask = left_padded(prompts, self.device)
+            limit = min(self.args.max_new_tokens, self.args.max_length - ids.shape[1])
+            sampling = {"max_new_tokens": limit, "temperature": 1.0, "eos_token_id": end, "generator": generator}
+            text = autoregressive_generate(model, ids, mask, vocab_size=len(self.tokenizer), **sampling).cpu()
+            for row, prompt, tokens in zip(group, prompts, text[:, ids.shape[1] :], strict=True):
+                found[row] = response(tokens, prompt, end)
+        return [found[row] for row in rows]
+
+    def written_by_target(self, target) -> list[data.Example]:
+        """The training rows with the target's responses, written once (each rank its share) and kept."""
+        path, mark = target
+        settings = [mark, self.digest, self.args.max_new_tokens, self.args.eval_batch, self.seed, train.world_size()]
+        file = self.folder / f"target-written-{fingerprint({'settings': settings})}.tokens"
+        if not train.agreed(train.rank() == 0 and data.read_examples(file) is not None):
+            own = list(range(train.rank(), len(self.examples), train.world_size()))
+            parts = train.gather_objects(self.responses(self.load(path, self.dtype), own, self.seed + train.rank()))
+            if train.rank() == 0:
+                data.write_examples(file, [parts[row % len(parts)][row // len(parts)] for row in range(len(self.examples))])
+            train.agreed(None)
+        return data.read_examples(file)[0]
+
+    def source(self, method: Method, target) -> dict:
+        """What `fit` is to be told of the method's data: `examples`, or how they are rewritten."""
+        if method.data == "ground-truth":
+            return {"examples": self.examples}
+        if method.data == "target":
+            return {"examples": self.written_by_target(target)}
+
+        def rewrite(model, rows, step):
+            drawn = np.random.default_rng([self.seed, step]).random(len(self.examples))
+            own = [row for row in rows if method.data == "on-policy" or drawn[row] < method.share]
+            fresh = dict(zip(own, self.responses(model, own, self.seed * 1_000_003 + step), strict=True))
+            return [fresh.get(row, self.examples[row]) for row in rows]
+
+        return {"examples": None, "rewrite": rewrite, "refresh": method.refresh}
 
     def rows_at_once(self) -> int:
         return self.args.micro_batch or self.plan["batch_size"]
@@ -519,26 +589,29 @@ class Cell:
             return self.load(draft)
 
         @functools.cache  # reference and DistillSpec draft have one recipe, and are one model where all else is equal
-        def distil(epochs, lr, divergence="fkl"):
-            name = f"distilled-{epochs}-epochs" + (f"-{divergence}" if divergence != "fkl" else "")
-            name += f"-lr-{lr:g}" if lr != self.plan["lr"] else ""
-            objective = functools.partial(self.distillation, target, divergence)
-            return self.fit(name, draft_mark, student, objective, lr, epochs, target=target[1], divergence=divergence)
+        def distil(method):
+            source, own_lr = self.source(method, target), method.lr or lr
+            made_of = {"target": target[1], "divergence": method.divergence, "source": method.source()}
+            settings = {key: value for key, value in method.settings().items() if key != "epochs"}
+            name = "-".join([f"distilled-{method.epochs}-epochs", *(f"{key}-{value}" for key, value in settings.items())])
+            objective = functools.partial(self.distillation, target, source["examples"], method.divergence)
+            return self.fit(name, draft_mark, student, objective, own_lr, method.epochs, **source, **made_of)
 
         drafts, stages = {"base": (draft, draft_mark)}, {}
         for method in args.methods:
-            own_lr, epochs, label = method.lr or lr, method.epochs or draft_epochs, str(method)
+            epochs, label = method.epochs or draft_epochs, str(method)
             if method.name == "distillspec":
-                drafts[label] = distil(epochs, own_lr, method.divergence)
+                drafts[label] = distil(replace(method, epochs=epochs))
                 stages[label] = [drafts[label]]
                 continue
-            reference = distil(method.reference_epochs or reference_epochs, lr)
-            made_of = {"target": target[1], "reference": reference[1]}
+            fixed = method.data if method.data == "target" else "ground-truth"
+            reference = distil(Method("distillspec", data=fixed, epochs=method.reference_epochs or reference_epochs))
+            made_of = {"target": target[1], "reference": reference[1], "source": method.source()}
             made_of |= {key: getattr(method, key) for key in ("k", "divergence", "gap", "select")}
             if args.micro_batch:  # the quantile is then over the micro-batches that the ranks process together
                 made_of |= {"micro_batch": args.micro_batch, "ranks": train.world_size()}
-            made_of |= self.matching(method, epochs) | {"lr": own_lr}
-            objective = functools.partial(self.selection, target, reference, method)
+            made_of |= self.matching(method, epochs) | {"lr": method.lr or lr} | self.source(method, target)
+            objective = functools.partial(self.selection, target, reference, made_of["examples"], method)
             name = "-".join(["adaspec", *(f"{key}-{value}" for key, value in method.settings().items())])
             drafts[label] = self.fit(name, draft_mark, student, objective, **made_of)
             stages[label] = [reference, drafts[label]]
@@ -564,13 +637,13 @@ class Cell:
     def took(self, stages: list[tuple[Path, str]]) -> dict:
         """What a draft's training took, its reference's included: passes over the data, optimiser steps, tokens that bore
         loss, rows that the target was run on and seconds (without the cache's and those of stages that it shares)."""
-        summaries = [read(folder / "stage.json")["summary"] for folder, _ in stages]
-        took = {key: sum(summary[key] for summary in summaries) for key in ("rows", "steps", "loss_tokens", "seconds")}
-        cached = self.cache_bytes() <= self.args.cache_gb * 2**30
-        return took | {
-            "epochs": took["rows"] / len(self.examples),
-            "target_forwards": len(self.examples) if cached else took["rows"],
-        }
+        made_by = [read(folder / "stage.json") for folder, _ in stages]
+        took = {key: sum(made["summary"][key] for made in made_by) for key in ("rows", "steps", "loss_tokens", "seconds")}
+        cached = [made for made in made_by if made["settings"]["source"][0] not in REWRITTEN]
+        cached = cached if self.cache_bytes() <= self.args.cache_gb * 2**30 else []
+        forwards = len(self.examples) * len({made["settings"]["data"] for made in cached})
+        forwards += sum(made["summary"]["rows"] for made in made_by if made not in cached)
+        return took | {"epochs": took["rows"] / len(self.examples), "target_forwards": forwards}
 
     def cache_bytes(self) -> int:
         """The size of the cache of the target's hidden states."""
@@ -630,12 +703,10 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
             if number % train.world_size() != train.rank():
                 continue
             sampling = {"temperature": temperature, "generator": torch.Generator(device), **common}
-            width = max(len(prompt) for prompt in group)
-            ids = torch.stack([F.pad(prompt, (width - len(prompt), 0)) for prompt in group]).to(device)
-            mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in group]).to(device)
+            ids, mask = left_padded(group, device)
             sampling["generator"].manual_seed(seed * 1_000_003 + number)
             text = autoregressive_generate(target, ids, mask, **sampling).cpu()
-            written = [response(row[width:], prompt, end) for row, prompt in zip(text, group, strict=True)]
+            written = [response(row[ids.shape[1] :], prompt, end) for row, prompt in zip(text, group, strict=True)]
             text, labels = (tensor.to(device) for tensor in data.collate(written))
             for draft, model in drafts.items():
                 exact = expected_acceptance(target, model, text, labels, temperature, vocab_size=len(tokenizer))
@@ -658,6 +729,14 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
             rows.append(row)
     bar.close()
     return rows
+
+
+def left_padded(prompts, device):
+    """Prompts [T_i] as input_ids and attention_mask [B, T]."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.stack([F.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([F.pad(torch.ones_like(prompt), (width - len(prompt), 0)) for prompt in prompts])
+    return ids.to(device), mask.to(device)
 
 
 def response(tokens, prompt, end: int) -> data.Example:
@@ -783,6 +862,7 @@ def parse(argv=None):
     add("--ablation", type=one_of(ABLATIONS), help=f"--methods of a comparison: {', '.join(ABLATIONS)}")
     for key in ("divergence", "gap"):
         add(f"--{key}", type=one_of(DIVERGENCES), default="fkl", help="of methods that name none (gap: of adaspec)")
+    add("--data", type=one_of(SOURCES), default="ground-truth", help="who writes the responses, of methods that name nobody")
     add("--match", type=one_of(MATCHES), default="steps", help="what AdaSPEC has in common with DistillSpec, see Method")
     add("--split", type=one_of(["validation", "test"]), default="test", help="rows to evaluate on: choose on validation")
     add("--regime", type=one_of(["3-epoch", "optimal"]), default="3-epoch", help="the paper's epochs: 3-epoch or optimal")
@@ -828,9 +908,11 @@ def parse(argv=None):
         try:
             method = Method.parse(text)
             flags = {
-                key: getattr(args, key) for key in ("divergence", "gap", "k", "match") if getattr(method, key) == usual[key]
+                key: getattr(args, key)
+                for key in ("divergence", "data", "gap", "k", "match")
+                if getattr(method, key) == usual[key]
             }
-            flags = {key: value for key, value in flags.items() if method.name == "adaspec" or key == "divergence"}
+            flags = {key: value for key, value in flags.items() if method.name == "adaspec" or key in ("divergence", "data")}
             args.methods.append(replace(method, **flags))
         except (ValueError, argparse.ArgumentTypeError) as error:
             parser.error(f"--methods: {text!r}: {error}")

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -99,7 +100,8 @@ class Checkpoints:
         for path in sorted(self.folder.glob("*.pt"), reverse=True):
             try:
                 note = json.loads(path.with_suffix(".json").read_text())
-                if note["fingerprint"] != self.fingerprint:
+                if note["fingerprint"] != self.fingerprint:  # of other settings: out of the way of what is saved from now on
+                    shutil.rmtree(self.folder)
                     return None
                 if note["sha256"] == checksum(path):
                     return path
@@ -120,7 +122,11 @@ def setup() -> torch.device:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         # hours, not NCCL's ten minutes: the other ranks wait while rank 0 measures speed-ups or downloads
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
+        store, own, world = next(dist.rendezvous("env://"))
+        # after a restart, torchrun's store still holds the addresses of the ranks that are gone
+        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=own, world_size=world, timeout=timedelta(hours=3))
     return device
 
 
@@ -509,14 +515,17 @@ def train(
     name: str = "train",
     checkpoints: Checkpoints | None = None,
     save_minutes: float = 10,
+    rewrite: Callable[[nn.Module, list[int], int], list[Example]] | None = None,
+    refresh: int = 50,
 ) -> dict:
     """Train `model` (float32 weights, in place) with AdamW at a constant rate; returns a summary (steps, tokens, loss, ...).
 
     `batch_size` counts the rows of an optimiser step over all ranks, `micro_batch` those of one forward on one rank. `dtype`
     is the autocast type: float32, bfloat16, or float16 (with a GradScaler; steps it skips are counted). Matrices decay, biases
     and norms do not. With `checkpoints` the state is saved every `save_minutes` and when a signal asks to stop, and training
-    goes on from the newest state there is, to the very weights that it would have reached undisturbed. Raises NonFiniteError
-    naming stage, step and rows; Stopped after a signal; ValueError where ranks outnumber a batch's rows.
+    goes on from the newest state there is, to the very weights that it would have reached undisturbed. On-policy data:
+    `rewrite(model, rows, step)` gives other examples for the rows of the next `refresh` steps.
+    Raises NonFiniteError naming stage, step and rows; Stopped after a signal; ValueError where ranks outnumber a batch's rows.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -560,13 +569,20 @@ def train(
     bar = tqdm(
         total=len(order), initial=summary["steps"], desc=name, unit="step", delay=2, disable=rank() != 0, dynamic_ncols=True
     )
+    current = list(examples)
     for step, (epoch, rows) in enumerate(order[summary["steps"] :], summary["steps"]):
+        if rewrite and step % refresh == 0:
+            coming = sorted({row for _, rows in order[step : step + refresh] for row in rows})[rank() :: world_size()]
+            model.eval()
+            written = gather_objects(dict(zip(coming, rewrite(model, coming, step), strict=True)))
+            model.train()
+            current = [next((part[row] for part in written if row in part), examples[row]) for row in range(len(examples))]
         # one constant for all ranks keeps the summed loss small enough for float16; the exact count divides below
         scale = 1.0 / sum(lengths[i] for i in rows)
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, its tokens; ranks that want to save, and to stop
         parts = micro_batches(rows, micro_batch)
         for i, part in enumerate(parts):
-            batch = make_batch(examples, part, device)
+            batch = make_batch(current, part, device)
             last = i == len(parts) - 1 or world_size() == 1
             with nullcontext() if last else student.no_sync():
                 with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
@@ -599,7 +615,8 @@ def train(
         rate = summary["tokens"] / (time.perf_counter() - started)
         bar.set_postfix_str(f"loss {summary['loss']:.4f}, {rate:,.0f} tok/s", refresh=False)
         bar.update()
-        if (due or stop) and step + 1 < len(order):
+        # with on-policy data only where it is written anew, from the weights that are saved
+        if (due or stop) and step + 1 < len(order) and not (rewrite and (step + 1) % refresh):
             if checkpoints:
                 save()
                 saved = time.monotonic()

@@ -91,6 +91,28 @@ def test_stopped_training_goes_on_to_the_same_bits(make_model, examples, tmp_pat
     assert summary | {"seconds": 0} == undisturbed | {"seconds": 0}
 
 
+def test_on_policy_training_goes_on_to_the_same_bits(make_model, examples, tmp_path):
+    """Saved only where the responses are written anew, from the very weights that are saved."""
+
+    def rewrite(model, rows, step):
+        parts = [model(torch.from_numpy(examples[row].input_ids).long()[None]).logits[0].argmax(-1) for row in rows]
+        return [examples[row]._replace(input_ids=part.int().numpy()) for row, part in zip(rows, parts, strict=True)]
+
+    expected, _ = run(make_model(), examples, rewrite=rewrite, refresh=3)
+    stop_in(4, make_model, examples, tmp_path, rewrite=rewrite, refresh=3)
+    assert [path.stem for path in tmp_path.glob("*.pt")] == ["000000006"]
+    assert same(run(make_model(), examples, tmp_path, rewrite=rewrite, refresh=3)[0], expected)
+    assert not same(run(make_model(), examples)[0], expected)
+
+
+def test_checkpoints_of_other_settings_do_not_push_new_ones_out(make_model, examples, tmp_path):
+    stop_in(7, make_model, examples, tmp_path)
+    other = train.Checkpoints(tmp_path, "other")
+    assert other.newest() is None
+    other.save(2, {})
+    assert [path.stem for path in tmp_path.glob("*.pt")] == ["000000002"] and other.newest()
+
+
 def test_saves_by_the_clock_and_keeps_two_generations(make_model, examples, tmp_path):
     run(make_model(), examples, tmp_path, save_minutes=0)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
@@ -116,6 +138,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(make_model, example
 def test_checkpoint_of_another_stage_is_not_used(make_model, examples, tmp_path):
     stop_in(3, make_model, examples, tmp_path)
     assert train.Checkpoints(tmp_path, "mark").newest() and not train.Checkpoints(tmp_path, "other").newest()
+    assert not tmp_path.exists()
 
 
 def test_full_disk_leaves_the_checkpoint_before(make_model, examples, tmp_path):

@@ -293,3 +293,31 @@ def test_the_papers_numbers_are_beside_ours():
     assert run_all.paper_alpha(row) == "0.651"
     assert run_all.paper_alpha(row | {"regime": "3-epoch", "pair": "codegen", "draft": "DistillSpec"}) == "0.874"
     assert not any(run_all.paper_alpha(row | other) for other in ({"pair": "tiny"}, {"draft": "base"}, {"task": "arithmetic"}))
+
+
+def test_who_writes_the_responses(tmp_path):
+    """Target-written rows are made once and cached; on-policy ones change with the draft and bypass the cache; all resume."""
+    few = "--preset tiny --limit 24 --eval-prompts 2 --timed-prompts 1 --max-new-tokens 8 --epochs 1,1,1 --batch 8".split()
+    methods = [f"distillspec:data={source}" for source in run_all.SOURCES] + [
+        "distillspec:data=mixed:share=0",
+        "adaspec:data=target",
+    ]
+    run_all.main([*few, "--methods", ",".join(methods), "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    found = {row["draft"]: row for row in rows}
+    assert [found[f"DistillSpec{name}"]["target_forwards"] for name in ("", " data=target", " data=on-policy")] == [24] * 3
+    assert found["AdaSPEC data=target"]["target_forwards"] == 24
+    cell = tmp_path / "tiny" / "arithmetic" / "seed0"
+    made = {path.parent.name: load_file(path) for path in cell.glob("*/model.safetensors")}
+    key = "embed_out.weight" if "embed_out.weight" in made["target"] else "lm_head.weight"
+    by_source = [made[f"distilled-1-epochs{name}"][key] for name in ("", "-data-target", "-data-on-policy", "-data-mixed")]
+    assert all(not torch.equal(a, b) for i, a in enumerate(by_source) for b in by_source[:i])
+    assert torch.equal(by_source[0], made["distilled-1-epochs-data-mixed-share-0.0"][key]), "no row was to be rewritten"
+    (written,) = cell.glob("target-written-*.tokens")
+    examples, _ = data.read_examples(written)
+    tokenizer = AutoTokenizer.from_pretrained(cell / "target")
+    truth, _ = data.encode("arithmetic", data.load_rows("arithmetic", "train", limit=24), tokenizer, 128)
+    assert all(
+        (a.input_ids[: a.prompt_length] == b.input_ids[: b.prompt_length]).all() for a, b in zip(examples, truth, strict=True)
+    )
+    assert all(a.prompt_length < len(a.input_ids) <= a.prompt_length + 8 for a in examples)

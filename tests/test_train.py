@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -313,3 +314,23 @@ def test_micro_batches_of_all_ranks_cover_the_batch_once(monkeypatch):
         flat = [row for share in shares for part in share for row in part]
         assert sorted(flat) == list(range(rows)) and all(part for share in shares for part in share)
         assert micro is None or max(len(part) for share in shares for part in share) <= micro + 1
+
+
+def test_on_policy_rows_are_asked_for_when_they_come_up(make_model, examples):
+    """Every `refresh` steps the rows of the coming steps, from the weights of that time; the step trains on what was written."""
+    asked, seen = [], []
+
+    def rewrite(model, rows, step):
+        assert not model.training
+        asked.append((step, rows, weights(model).sum().item()))
+        return [examples[row]._replace(input_ids=np.full(examples[row].prompt_length + 3, step + 7, np.int32)) for row in rows]
+
+    def objective(hidden, head, batch):
+        seen.append((batch.rows, batch.labels.unique().tolist()))
+        return cross_entropy(hidden, head, batch)
+
+    run(make_model(), examples, objective, rewrite=rewrite, refresh=2, max_steps=5)
+    order = batches([len(e.input_ids) for e in examples], 12, 0, 0)
+    assert [(step, rows) for step, rows, _ in asked] == [(step, sorted(sum(order[step : step + 2], []))) for step in (0, 2, 4)]
+    assert len({total for _, _, total in asked}) == 3
+    assert seen == [(order[step], [step // 2 * 2 + 7]) for step in range(5)]
