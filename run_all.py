@@ -988,8 +988,8 @@ def preflight(args, device) -> None:
     else:  # shared by this machine's ranks
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         memory *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    need = f"{(kept + passing) / gib:.2f} GiB of disk ({kept / gib:.2f} to stay) of {free / gib:.2f} free"
-    lines.append(f"About {need}, {memory / gib:.2f} GiB of memory without activations of {machine / gib:.2f}")
+    need = f"{(kept + passing) / gib:.3f} GiB of disk ({kept / gib:.3f} to stay) of {free / gib:.3f} free"
+    lines.append(f"About {need}, {memory / gib:.3f} GiB of memory without activations of {machine / gib:.3f}")
     say("\n".join(["Plan", *lines]))
     if kept + passing > free:
         raise ValueError(f"the disk of --out {args.out} is too small: {need}; make room, or lower --cache-gb")
