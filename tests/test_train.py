@@ -317,7 +317,7 @@ def test_micro_batches_of_all_ranks_cover_the_batch_once(monkeypatch):
 
 
 def test_on_policy_rows_are_asked_for_when_they_come_up(make_model, examples):
-    """Every `refresh` steps the rows of the coming steps, from the weights of that time; the step trains on what was written."""
+    """Every `refresh` steps the rows of the coming steps, from the weights of that time; steps train on what was written."""
     asked, seen = [], []
 
     def rewrite(model, rows, step):
@@ -331,6 +331,8 @@ def test_on_policy_rows_are_asked_for_when_they_come_up(make_model, examples):
 
     run(make_model(), examples, objective, rewrite=rewrite, refresh=2, max_steps=5)
     order = batches([len(e.input_ids) for e in examples], 12, 0, 0)
-    assert [(step, rows) for step, rows, _ in asked] == [(step, sorted(sum(order[step : step + 2], []))) for step in (0, 2, 4)]
+    assert [(step, rows) for step, rows, _ in asked] == [
+        (step, sorted(row for rows in order[step : step + 2] for row in rows)) for step in (0, 2, 4)
+    ]
     assert len({total for _, _, total in asked}) == 3
     assert seen == [(order[step], [step // 2 * 2 + 7]) for step in range(5)]
