@@ -435,7 +435,7 @@ class Cell:
                 )
             train.agreed(None)
         self.header = (
-            f"\n{pair_name} / {task} / seed {seed}: {len(self.examples)} train rows, {len(self.test)} test prompts "
+            f"\n{pair_name} / {task} / seed {seed}: {len(self.examples)} train rows, {len(self.test)} {args.split} prompts "
             f"({dropped} and {test_dropped} rows dropped: no response within {args.max_length} tokens)"
         )
         if not self.examples or not self.test:
@@ -809,6 +809,37 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, 97.5%, for 2 to 10 seeds
+
+
+def interval(values: list[float]) -> str:
+    """Mean of one value a seed, with the 95% interval of the mean (Student's t; of 2 to 10 seeds)."""
+    mean, half = statistics.mean(values), T_QUANTILE[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+
+
+def over_seeds(rows: list[dict]) -> str:
+    """Means over seeds of every draft's alpha and expected acceptance, and of what is gained over DistillSpec, seed by seed;
+    "" for fewer than 2 seeds or more than 10."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["task"], row["pair"], row["temperature"], row["draft"]), {})[row["seed"]] = row
+    columns = "task | pair | T | draft | alpha | over DistillSpec | expected acceptance | over DistillSpec"
+    lines = [f"| {columns} |", "|" + " --- |" * (columns.count("|") + 1)]
+    for (*cell, draft), by_seed in found.items():
+        if not 2 <= len(by_seed) <= 10:
+            return ""
+        uniform = found.get((*cell, "DistillSpec"), {})
+        texts = []
+        for key in ("alpha", "expected_acceptance"):
+            texts.append(interval([row[key] for row in by_seed.values()]).replace("+", ""))
+            gains = [row[key] - uniform[seed][key] for seed, row in by_seed.items() if seed in uniform]
+            texts.append(interval(gains) if len(gains) > 1 and draft != "DistillSpec" else "")
+        lines.append(f"| {' | '.join(map(str, cell))} | {draft} | {' | '.join(texts)} |")
+    seeds = len({row["seed"] for row in rows})
+    return "\n".join([f"\nMeans over {seeds} seeds (95% interval of the mean over seeds, Student's t):\n", *lines])
+
+
 def paper_alpha(row: dict) -> str:
     """The paper's alpha of a row's cell, "" where it has none: it has DistillSpec and AdaSPEC, and names no temperature."""
     pairs, drafts = ["pythia", "codegen"], ["DistillSpec", "AdaSPEC"]
@@ -1036,7 +1067,7 @@ def main(argv=None) -> None:
                 for seed in args.seeds:
                     rows += Cell(pair, task, seed, args, device).run()
                     path = write_results(args, started) if train.rank() == 0 else None
-    say(f"\n{table(rows)}\n\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
+    say(f"\n{table(rows)}\n{over_seeds(rows)}\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -321,3 +321,16 @@ def test_who_writes_the_responses(tmp_path):
         (a.input_ids[: a.prompt_length] == b.input_ids[: b.prompt_length]).all() for a, b in zip(examples, truth, strict=True)
     )
     assert all(a.prompt_length < len(a.input_ids) <= a.prompt_length + 8 for a in examples)
+
+
+def test_means_over_seeds_are_paired_by_seed():
+    """Against a hand computation: differences 0.01, 0.02, 0.03 have mean 0.02 and half width 4.303 x 0.01 / sqrt(3)."""
+    cell = {"task": "gsm8k", "pair": "tiny", "temperature": 1.0}
+    rows = []
+    for seed, (uniform, ours) in enumerate([(0.50, 0.51), (0.60, 0.62), (0.70, 0.73)]):
+        for draft, alpha in (("DistillSpec", uniform), ("AdaSPEC", ours)):
+            rows.append(cell | {"seed": seed, "draft": draft, "alpha": alpha, "expected_acceptance": alpha / 2})
+    text = run_all.over_seeds(rows)
+    assert "| gsm8k | tiny | 1.0 | DistillSpec | 0.600 (0.352 to 0.848) |  |" in text
+    assert "| AdaSPEC | 0.620 (0.347 to 0.893) | +0.020 (-0.005 to +0.045) |" in text
+    assert run_all.over_seeds(rows[:2]) == ""
