@@ -76,7 +76,8 @@ def save(args, result: dict) -> None:
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         command = shlex.join(["python", "bench.py", *args.argv])
-        Path(args.json).write_text(json.dumps({"command": command, "machine": machine()} | result, indent=1) + "\n")
+        made_by = {"command": command, "machine": machine(), "git": run_all.git_commit()}
+        Path(args.json).write_text(json.dumps(made_by | result, indent=1) + "\n")
 
 
 def spread(values) -> dict:
@@ -1071,6 +1072,8 @@ def faults_command(args) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(args.out or folder)
+        if (folder / "whole").exists():
+            raise ValueError(f"{folder} holds runs already: --out must be a new folder")
         process, start = begin(folder / "whole")
         left(process)
         length, found = time.monotonic() - start, []
@@ -1080,6 +1083,7 @@ def faults_command(args) -> None:
             time.sleep(draw.uniform(0, length))
             process.kill()
             after = (left(process) or ["nothing"])[-1]
+            after = "its end" if process.returncode == 0 else after
             process, _ = begin(out)
             left(process)
             if process.returncode:

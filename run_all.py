@@ -293,7 +293,7 @@ def stage(folder: Path, settings: dict, tokenizer, work) -> tuple[Path, str]:
     if train.rank() == 0:
         partial = folder.with_name(folder.name + ".partial")
         for old in (partial, folder):
-            shutil.rmtree(old, ignore_errors=True)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
         with data.writing(partial):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
@@ -410,6 +410,7 @@ class Cell:
     """A pair, a task and a seed: their rows, and the stages that end in their part of the table."""
 
     def __init__(self, pair_name: str, task: str, seed: int, args, device):
+        train.check_stop()
         self.pair_name, self.task, self.seed, self.args, self.device = pair_name, task, seed, args, device
         self.pair = Pair(args.target, args.draft) if pair_name == "custom" else PAIRS[pair_name]
         own = f"custom-{Path(args.target).name}-{Path(args.draft).name}" if pair_name == "custom" else pair_name
@@ -926,6 +927,8 @@ def parse(argv=None):
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
         if value == "":
             parser.error(f"--{flag.replace('_', '-')} is empty; leave it out or give it a value")
+    if args.max_new_tokens < 2:
+        parser.error("--max-new-tokens must be at least 2, or no draft is ever judged")
     for flag in ("lr", "target_lr", "cache_gb", "save_minutes"):
         if getattr(args, flag) is not None and not 0 <= getattr(args, flag) < float("inf"):
             parser.error(f"--{flag.replace('_', '-')} must be finite and at least 0, got {getattr(args, flag)}")
@@ -983,8 +986,9 @@ def check_usable(cell: Cell) -> None:
 def preflight(args, device) -> None:
     """Go through every cell of the grid before any training, and print what will be done and about what it takes.
 
-    Estimates, in bytes: a stage in training has float32 weights, gradients and two moments (16 a parameter), its two saved
-    generations weights and moments (24 a parameter). Activations are not counted. Raises ValueError for what would fail later.
+    Estimates, in bytes: a stage in training has float32 weights, gradients and two moments (16 a parameter), its saved
+    generations, three while one is written, weights and moments (36 a parameter). Activations are not counted.
+    Raises ValueError for what would fail later.
     """
     world, gib, item = train.world_size(), 2**30, train.DTYPES[args.dtype].itemsize
     lines, kept, passing, memory = [], 0, 0, 0
@@ -1001,7 +1005,7 @@ def preflight(args, device) -> None:
             drafts = len(args.methods) + 1 + cell.scratch  # with a reference
             trained = bool(target_epochs) + cell.scratch
             cache = cell.cache_bytes() if cell.cache_bytes() <= args.cache_gb * gib else 0
-            weights, state = 4 * (target * trained + draft * drafts), max(24 * target if trained else 0, 24 * draft + cache)
+            weights, state = 4 * (target * trained + draft * drafts), max(36 * target if trained else 0, 36 * draft + cache)
             for folder in (cell.folder.with_name(f"seed{seed}") for seed in args.seeds):
                 if not (folder / "evaluation.json").is_file():  # what an unfinished cell has on the disk is not needed again
                     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -1044,6 +1048,7 @@ def write_results(args, started: float) -> Path:
     """Put the rows of every cell there is under --out, not only this command's, into results.json."""
     path, cells = Path(args.out, "results.json"), [read(note) for note in sorted(Path(args.out).rglob("evaluation.json"))]
     made_by = {"command": shlex.join(sys.argv), "seconds": round(time.time() - started), "git": git_commit(), **versions()}
+    read(path)  # for the word it says where the one there is damaged
     write(path, made_by | {"rows": [row for cell in cells for row in cell.get("rows", [])]})
     return path
 
@@ -1087,7 +1092,7 @@ def command() -> None:
         code, message = 1, f"error: {error}"
         rank_0_first()
     except RuntimeError as error:
-        if not (dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))):
+        if not ("RANK" in os.environ and (isinstance(error, dist.DistError) or "gloo" in str(error))):
             raise
         code, message = 1, "another rank is gone, torchrun names it; the same command goes on from the last saved state"
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

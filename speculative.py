@@ -564,6 +564,7 @@ def one_of(valid):
     """The type of an argument that is one of these names; where it is none, the nearest is named."""
 
     def name(text):
+        text = text.strip().lower()
         if text not in valid:
             near = [f"did you mean {match!r}? " for match in difflib.get_close_matches(text, valid, 1)]
             raise argparse.ArgumentTypeError(f"unknown name {text!r}, {''.join(near)}expected one of {', '.join(valid)}")

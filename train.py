@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -79,34 +78,33 @@ def checksum(path: Path) -> str:
 
 
 class Checkpoints:
-    """The state of an unfinished stage, in `folder`: the last two generations, each a file of `torch.save` and a note of its
-    checksum and of the `fingerprint` of the stage it belongs to. Rank 0 writes; the disk is one that all ranks see."""
+    """The state of an unfinished stage, in `folder`: the last two generations, each a file of `torch.save` named by its step
+    and the stage's `fingerprint`, and a note of its checksum. Rank 0 reads and writes; the disk is one that all ranks see."""
 
     def __init__(self, folder: Path, fingerprint: str):
         self.folder, self.fingerprint = Path(folder), fingerprint
 
     def save(self, step: int, state: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{step:09d}.pt"
+        path = self.folder / f"{step:09d}-{self.fingerprint}.pt"
         write_file(path, lambda file: torch.save(state, file))
-        note = json.dumps({"fingerprint": self.fingerprint, "sha256": checksum(path)}).encode()
-        write_file(path.with_suffix(".json"), lambda file: file.write(note))
+        write_file(path.with_suffix(".sha256"), lambda file: file.write(checksum(path).encode()))
         for old in sorted(self.folder.glob("*.pt"))[:-2]:
-            old.with_suffix(".json").unlink(missing_ok=True)
+            old.with_suffix(".sha256").unlink(missing_ok=True)
             old.unlink()
 
     def newest(self) -> Path | None:
-        """The newest generation that is whole; says so where it has to pass one over."""
+        """The newest generation that is whole; says so where it has to pass one over.
+
+        Removes what other settings have left, which would push new generations out, and files that were cut short.
+        """
+        for path in [*self.folder.glob("*.pt*"), *self.folder.glob("*.sha256*")]:
+            if f"-{self.fingerprint}." not in path.name or path.suffix == ".partial":
+                path.unlink()
         for path in sorted(self.folder.glob("*.pt"), reverse=True):
-            try:
-                note = json.loads(path.with_suffix(".json").read_text())
-                if note["fingerprint"] != self.fingerprint:  # of other settings: out of the way of what is saved from now on
-                    shutil.rmtree(self.folder)
-                    return None
-                if note["sha256"] == checksum(path):
-                    return path
-            except (OSError, ValueError, KeyError, TypeError):  # no note, or a damaged one
-                pass
+            note = path.with_suffix(".sha256")
+            if note.is_file() and note.read_bytes() == checksum(path).encode():
+                return path
             tqdm.write(f"  {path} is damaged or was cut short: going back to the state before it")
         return None
 
@@ -122,11 +120,13 @@ def setup() -> torch.device:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         # hours, not NCCL's ten minutes: the other ranks wait while rank 0 measures speed-ups or downloads
+        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # who waits in vain for others is not to outlive torchrun
         store, own, world = next(dist.rendezvous("env://"))
         # after a restart, torchrun's store still holds the addresses of the ranks that are gone
         store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=own, world_size=world, timeout=timedelta(hours=3))
+        signal.signal(signal.SIGTERM, handler)
     return device
 
 
@@ -569,7 +569,7 @@ def train(
     bar = tqdm(
         total=len(order), initial=summary["steps"], desc=name, unit="step", delay=2, disable=rank() != 0, dynamic_ncols=True
     )
-    current = list(examples)
+    current, in_a_row = list(examples), 0
     for step, (epoch, rows) in enumerate(order[summary["steps"] :], summary["steps"]):
         if rewrite and step % refresh == 0:
             coming = sorted({row for _, rows in order[step : step + refresh] for row in rows})[rank() :: world_size()]
@@ -598,16 +598,20 @@ def train(
         grads = [p.grad for p in weights if p.grad is not None]
         norm = nn.utils.get_total_norm(grads) * factor
         torch._foreach_mul_(grads, factor * (clip / (norm + 1e-6)).clamp_max(1.0))  # the division and the clipping at once
-        total, count, due, stop, norm = torch.stack([*sums, norm.double()]).tolist()  # the step's one wait for the device
+        total, count, due, stop, norm = torch.stack([*sums, norm.double()]).tolist()  # the step's wait for the device
         if not math.isfinite(total) or not (math.isfinite(norm) or scaler.is_enabled()):
             what = "loss" if not math.isfinite(total) else "gradient norm"
-            raise NonFiniteError(f"{name}: {what} is not finite in step {step + 1} (epoch {epoch + 1}, rows {sorted(rows)})")
+            where = f"step {step + 1} (epoch {epoch + 1}, rows {sorted(rows)} of those kept)"
+            raise NonFiniteError(f"{name}: {what} is not finite in {where}")
         before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         summary["steps"] += 1
         summary["skipped_steps"] += scaler.get_scale() < before
+        in_a_row = in_a_row + 1 if scaler.get_scale() < before else 0
+        if in_a_row == 20:  # the scale has gone down a million times: it is not the scale
+            raise NonFiniteError(f"{name}: no finite gradient in {in_a_row} steps in a row, up to step {step + 1}")
         summary["rows"] += len(rows)
         summary["tokens"] += sum(lengths[i] for i in rows)
         summary["loss_tokens"] += int(count)
@@ -623,5 +627,7 @@ def train(
             if stop:
                 raise Stopped((asked_to_stop or signal.SIGTERM).name)
     bar.close()
+    if not all(torch.stack([p.detach().isfinite().all() for p in weights]).tolist()):
+        raise NonFiniteError(f"{name}: weights are not finite after the last step; lower the learning rate")
     model.eval()
     return summary | {"seconds": round(time.perf_counter() - started, 1)}

@@ -85,7 +85,7 @@ def test_stopped_training_goes_on_to_the_same_bits(make_model, examples, tmp_pat
     assert undisturbed["steps"] == 10
     stop_in(3, make_model, examples, tmp_path, dtype=dtype)
     stop_in(4, make_model, examples, tmp_path, dtype=dtype)
-    assert [path.stem for path in sorted(tmp_path.glob("*.pt"))] == ["000000003", "000000007"]
+    assert [path.stem for path in sorted(tmp_path.glob("*.pt"))] == ["000000003-mark", "000000007-mark"]
     found, summary = run(make_model(seed=9), examples, tmp_path, dtype=dtype)
     assert same(found, expected)
     assert summary | {"seconds": 0} == undisturbed | {"seconds": 0}
@@ -100,7 +100,7 @@ def test_on_policy_training_goes_on_to_the_same_bits(make_model, examples, tmp_p
 
     expected, _ = run(make_model(), examples, rewrite=rewrite, refresh=3)
     stop_in(4, make_model, examples, tmp_path, rewrite=rewrite, refresh=3)
-    assert [path.stem for path in tmp_path.glob("*.pt")] == ["000000006"]
+    assert [path.stem for path in tmp_path.glob("*.pt")] == ["000000006-mark"]
     assert same(run(make_model(), examples, tmp_path, rewrite=rewrite, refresh=3)[0], expected)
     assert not same(run(make_model(), examples)[0], expected)
 
@@ -108,29 +108,43 @@ def test_on_policy_training_goes_on_to_the_same_bits(make_model, examples, tmp_p
 def test_checkpoints_of_other_settings_do_not_push_new_ones_out(make_model, examples, tmp_path):
     stop_in(7, make_model, examples, tmp_path)
     other = train.Checkpoints(tmp_path, "other")
+    (tmp_path / "000000009-other.pt.partial").touch()
     assert other.newest() is None
     other.save(2, {})
-    assert [path.stem for path in tmp_path.glob("*.pt")] == ["000000002"] and other.newest()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["000000002-other.pt", "000000002-other.sha256"]
+    assert other.newest()
+
+
+def test_ruined_weights_are_no_finished_stage(make_model, examples):
+    with pytest.raises(train.NonFiniteError, match="weights are not finite after the last step"):
+        run(make_model(), examples, lr=1e38, max_steps=1)
+
+    def nan_gradient(hidden, head, batch):
+        loss, count = cross_entropy(hidden, head, batch)
+        return loss + (hidden - hidden.detach()).sum().sqrt(), count
+
+    with pytest.raises(train.NonFiniteError, match="no finite gradient in 20 steps in a row"):
+        run(make_model(), examples, objective=nan_gradient, dtype="float16", epochs=5)
 
 
 def test_saves_by_the_clock_and_keeps_two_generations(make_model, examples, tmp_path):
     run(make_model(), examples, tmp_path, save_minutes=0)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        f"00000000{i}.{end}" for i in (8, 9) for end in ("json", "pt")
+        f"00000000{i}-mark.{end}" for i in (8, 9) for end in ("pt", "sha256")
     ]
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lambda path: path.with_suffix(".json").unlink()])
+@pytest.mark.parametrize("damage", [truncate, flip, lambda path: path.with_suffix(".sha256").unlink()])
 def test_damaged_checkpoint_is_named_and_the_one_before_used(make_model, examples, tmp_path, damage, capsys):
     expected, _ = run(make_model(), examples)
     stop_in(3, make_model, examples, tmp_path)
     stop_in(4, make_model, examples, tmp_path)
-    damage(tmp_path / "000000007.pt")
+    damage(tmp_path / "000000007-mark.pt")
     found, _ = run(make_model(), examples, tmp_path)
     out = capsys.readouterr().out
-    assert "000000007.pt is damaged" in out and "going on after step 3" in out
+    assert "000000007-mark.pt is damaged" in out and "going on after step 3" in out
     assert same(found, expected)
-    truncate(tmp_path / "000000003.pt")
+    truncate(tmp_path / "000000003-mark.pt")
     found, _ = run(make_model(), examples, tmp_path)
     assert same(found, expected)
 
@@ -138,7 +152,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(make_model, example
 def test_checkpoint_of_another_stage_is_not_used(make_model, examples, tmp_path):
     stop_in(3, make_model, examples, tmp_path)
     assert train.Checkpoints(tmp_path, "mark").newest() and not train.Checkpoints(tmp_path, "other").newest()
-    assert not tmp_path.exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_leaves_the_checkpoint_before(make_model, examples, tmp_path):
@@ -147,13 +161,13 @@ def test_full_disk_leaves_the_checkpoint_before(make_model, examples, tmp_path):
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, unlimited[1]))
     try:
-        with pytest.raises(OSError, match=r"cannot write .*000000004.pt.partial.*MiB free"):
+        with pytest.raises(OSError, match=r"cannot write .*000000004-mark.pt.partial.*MiB free"):
             run(make_model(), examples, tmp_path, save_minutes=0)
         with pytest.raises(OSError, match=r"cannot write .*0.bin"):
             cache(tmp_path / "cache", examples * 20).fill(values_of([]), CPU, 4, "toy")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert [path.name for path in sorted(tmp_path.glob("*.pt*"))] == ["000000003.pt"]
+    assert [path.name for path in sorted(tmp_path.glob("*.pt*"))] == ["000000003-mark.pt"]
     assert same(run(make_model(), examples, tmp_path)[0], run(make_model(), examples)[0])
 
 
@@ -193,27 +207,30 @@ def test_stopped_cache_goes_on_where_it_was(examples, tmp_path):
     assert all(map(torch.equal, content(whole, examples), content(stopped, examples)))
 
 
-@pytest.mark.parametrize(
-    "damage", [truncate, flip, lambda path: flip(path, 0), lambda path: path.with_suffix(".json").unlink()]
-)
+def flip_first(path):
+    flip(path, 0)
+
+
+def drop_note(path):
+    path.with_suffix(".json").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, flip_first, drop_note])
 @pytest.mark.parametrize("stop_after", [None, 16])
 def test_damaged_cache_is_named_and_made_anew(examples, tmp_path, capsys, damage, stop_after):
     made, asked = cache(tmp_path, examples), []
-    try:
-        made.fill(values_of([], stop_after), CPU, 4, "toy")
-    except train.Stopped:
+    if stop_after:
+        with pytest.raises(train.Stopped):
+            made.fill(values_of([], stop_after), CPU, 4, "toy")
         train.asked_to_stop = None
+    else:
+        made.fill(values_of([]), CPU, 4, "toy")
     damage(tmp_path / "0.bin")
     again = cache(tmp_path, examples)
     again.fill(values_of(asked), CPU, 4, "toy")
-    partial = stop_after and damage is flip  # then the last byte was not yet written
-    assert len(asked) == (len(examples) - 16 if partial else len(examples))
-    assert (
-        partial
-        or "0.bin is damaged" in capsys.readouterr().out
-        or not (tmp_path / "0.bin").is_file()
-        or damage not in (truncate, flip)
-    )
+    harmless = stop_after and damage is flip  # the last byte was yet to be written
+    assert len(asked) == len(examples) - (16 if harmless else 0)
+    assert ("0.bin is damaged" in capsys.readouterr().out) == (damage is not drop_note and not harmless)
     fresh = cache(tmp_path / "fresh", examples)
     fresh.fill(values_of([]), CPU, 4, "toy")
     assert all(map(torch.equal, content(again, examples), content(fresh, examples)))
@@ -288,14 +305,14 @@ def test_a_dead_rank_is_named_and_torchruns_restart_resumes(tmp_path):
     process = start(tmp_path / "killed", *launcher, "1")
     wait_for(process, "base-target")
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (second,) = (pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    (first,) = (pid for pid in workers if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes())
     killed = time.monotonic()
-    os.kill(int(second), signal.SIGKILL)
+    os.kill(int(first), signal.SIGKILL)
     wait_for(process, "base-target: done before")
     assert time.monotonic() - killed < 60
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors[-2000:]
-    assert "local_rank: 1" in errors and "run_all.py (rank 0): another rank is gone" in errors
+    assert "local_rank: 0" in errors and "run_all.py (rank 1): another rank is gone" in errors
     undisturbed = start(tmp_path / "whole", *launcher, "0")
     _, errors = undisturbed.communicate(timeout=120)
     assert undisturbed.returncode == 0, errors[-2000:]
