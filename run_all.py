@@ -523,9 +523,7 @@ class Cell:
         generator, end = torch.Generator(self.device).manual_seed(seed), self.tokenizer.eos_token_id
         for group in (order[i : i + 4 * self.args.eval_batch] for i in range(0, len(order), 4 * self.args.eval_batch)):
             train.check_stop()
-            prompts = [
-                torch.from_numpy(self.examples[row].input_ids[: self.examples[row].prompt_length]).long() for row in group
-            ]
+            prompts = [prompt_ids(self.examples[row]) for row in group]
             ids, mask = left_padded(prompts, self.device)
             limit = min(self.args.max_new_tokens, self.args.max_length - ids.shape[1])
             sampling = {"max_new_tokens": limit, "temperature": 1.0, "eos_token_id": end, "generator": generator}
@@ -640,16 +638,16 @@ class Cell:
         loss, rows that the target was run on and seconds (without the cache's and those of stages that it shares)."""
         made_by = [read(folder / "stage.json") for folder, _ in stages]
         took = {key: sum(made["summary"][key] for made in made_by) for key in ("rows", "steps", "loss_tokens", "seconds")}
-        cached = [made for made in made_by if made["settings"]["source"][0] not in REWRITTEN]
-        cached = cached if self.cache_bytes() <= self.args.cache_gb * 2**30 else []
+        cached = [made for made in made_by if self.cache_bytes() and made["settings"]["source"][0] not in REWRITTEN]
         forwards = len(self.examples) * len({made["settings"]["data"] for made in cached})
         forwards += sum(made["summary"]["rows"] for made in made_by if made not in cached)
         return took | {"epochs": took["rows"] / len(self.examples), "target_forwards": forwards}
 
     def cache_bytes(self) -> int:
-        """The size of the cache of the target's hidden states."""
+        """The size of the cache of the target's hidden states; 0 where --cache-gb has no room for it."""
         width = self.models[0].get_output_embeddings().weight.shape[1]
-        return self.dtype.itemsize * width * sum(len(e.input_ids) - max(e.prompt_length, 1) for e in self.examples)
+        size = train.TokenCache(self.folder, "", self.examples, width, self.dtype).bytes
+        return size if size <= self.args.cache_gb * 2**30 else 0
 
     def evaluation(self, target, drafts: dict, took: dict) -> list[dict]:
         """The last stage: the drafts' rows of the table, from `evaluation.json` where nothing has changed."""
@@ -691,7 +689,7 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
     """
     device, end = target.device, tokenizer.eos_token_id
     common = {"max_new_tokens": args.max_new_tokens, "eos_token_id": end, "vocab_size": len(tokenizer)}
-    prompts = [torch.from_numpy(e.input_ids[: e.prompt_length]).long() for e in examples]
+    prompts = [prompt_ids(example) for example in examples]
     groups = [prompts[i : i + args.eval_batch] for i in range(0, len(prompts), args.eval_batch)]
     timed, rows = [prompt.to(device)[None] for prompt in prompts[: args.timed_prompts]], []
     total = 2 * (len(groups) + len(timed))
@@ -715,10 +713,7 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
                 out = speculative_generate(target, model, ids, mask, gamma=args.gamma, **sampling)
                 for values, new in zip(found[draft], (out.row_stats, exact.overlap, exact.agree), strict=True):
                     values += new if isinstance(new, list) else new.tolist()
-        parts = [found]
-        if dist.is_initialized():
-            parts = [None] * train.world_size()
-            dist.all_gather_object(parts, found)
+        parts = train.gather_objects(found)
         speedups = timings(target, drafts, timed, temperature, args.gamma, seed, common, bar)
         for draft in drafts:
             by_prompt, overlap, agree = ([value for part in parts for value in part[draft][i]] for i in range(3))
@@ -730,6 +725,10 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
             rows.append(row)
     bar.close()
     return rows
+
+
+def prompt_ids(example):
+    return torch.from_numpy(example.input_ids[: example.prompt_length]).long()
 
 
 def left_padded(prompts, device):
@@ -1004,8 +1003,8 @@ def preflight(args, device) -> None:
             target, draft = (sum(p.numel() for p in model.parameters()) for model in cell.models)
             drafts = len(args.methods) + 1 + cell.scratch  # with a reference
             trained = bool(target_epochs) + cell.scratch
-            cache = cell.cache_bytes() if cell.cache_bytes() <= args.cache_gb * gib else 0
-            weights, state = 4 * (target * trained + draft * drafts), max(36 * target if trained else 0, 36 * draft + cache)
+            weights = 4 * (target * trained + draft * drafts)
+            state = max(36 * target if trained else 0, 36 * draft + cell.cache_bytes())
             for folder in (cell.folder.with_name(f"seed{seed}") for seed in args.seeds):
                 if not (folder / "evaluation.json").is_file():  # what an unfinished cell has on the disk is not needed again
                     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -1034,8 +1033,7 @@ def preflight(args, device) -> None:
 
 @contextmanager
 def locked(out: Path):
-    """Hold `out` for this run alone. Raises ValueError where another run holds it."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Hold the folder `out` for this run alone. Raises ValueError where another run holds it."""
     with open(out / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
@@ -1082,7 +1080,7 @@ def command() -> None:
     """`main`, with what can go wrong said in one line: exit code 130 after Ctrl-C, 143 after SIGTERM, 1 after an error."""
     who = f"run_all.py (rank {os.environ['RANK']})" if "RANK" in os.environ else "run_all.py"
     train.stop_on_signals()
-    code, message = 0, None
+    code, message, patience = 0, None, 0
     try:
         main()
     except (train.Stopped, KeyboardInterrupt) as stopped:
@@ -1096,12 +1094,12 @@ def command() -> None:
             raise
         code, message = 1, "another rank is gone, torchrun names it; the same command goes on from the last saved state"
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        patience = 10  # seconds for torchrun to find the dead rank before this one ends too, and to end this one
     if message:
         print(f"{who}: {message}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    if "another rank" in (message or ""):
-        time.sleep(10)  # for torchrun to find the dead rank before this one ends too, and to end this one
+    time.sleep(patience)
     os._exit(code)  # no waiting for ranks that are gone, and no destructors that would
 
 

@@ -119,12 +119,12 @@ def setup() -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        # hours, not NCCL's ten minutes: the other ranks wait while rank 0 measures speed-ups or downloads
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # who waits in vain for others is not to outlive torchrun
         store, own, world = next(dist.rendezvous("env://"))
         # after a restart, torchrun's store still holds the addresses of the ranks that are gone
         store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
+        # hours, not NCCL's ten minutes: the other ranks wait while rank 0 measures speed-ups or downloads
         dist.init_process_group(backend, store=store, rank=own, world_size=world, timeout=timedelta(hours=3))
         signal.signal(signal.SIGTERM, handler)
     return device
@@ -574,9 +574,10 @@ def train(
         if rewrite and step % refresh == 0:
             coming = sorted({row for _, rows in order[step : step + refresh] for row in rows})[rank() :: world_size()]
             model.eval()
-            written = gather_objects(dict(zip(coming, rewrite(model, coming, step), strict=True)))
+            parts = gather_objects(list(zip(coming, rewrite(model, coming, step), strict=True)))
             model.train()
-            current = [next((part[row] for part in written if row in part), examples[row]) for row in range(len(examples))]
+            written = dict(pair for part in parts for pair in part)
+            current = [written.get(row, example) for row, example in enumerate(examples)]
         # one constant for all ranks keeps the summed loss small enough for float16; the exact count divides below
         scale = 1.0 / sum(lengths[i] for i in rows)
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, its tokens; ranks that want to save, and to stop
