@@ -75,6 +75,11 @@ PAIRS = {
         {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
         target_lr=1e-3,
     ),
+    "tiny-wide": Pair(  # the same target with a draft of a quarter the size: a wider capacity gap
+        {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4},
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1},
+        target_lr=1e-3,
+    ),
 }
 SCRATCH = {"lr": 2e-3, "epochs": 2, "batch_size": 16}  # pretraining of a pair that is given by sizes, on whole train rows
 SCRATCH_VOCABULARY = 512
@@ -88,7 +93,11 @@ RECIPES = {
     "cnn_dailymail": (16, {"pythia": (1e-4, (1, 10, 10)), "codegen": (1e-4, (1, 10, 10))}),
     "xsum": (16, {"pythia": (3e-4, (1, 10, 10)), "codegen": (1e-4, (1, 10, 10))}),
 }
-OTHER_LR = {"tiny": 2e-3, "custom": 3e-4}  # pairs that the paper does not have: 3 epochs, batch 16 for other tasks too
+OTHER_LR = {
+    "tiny": 2e-3,
+    "tiny-wide": 2e-3,
+    "custom": 3e-4,
+}  # pairs that the paper does not have: 3 epochs, batch 16 for other tasks too
 
 PRESETS = {
     "tiny": {
@@ -110,15 +119,23 @@ PAPER_ALPHA = {
     "cnn_dailymail": ((73.05, 74.22), (79.33, 80.63), (80.15, 80.89), (85.01, 86.29)),
     "xsum": ((47.24, 49.11), (58.88, 59.93), (56.11, 57.80), (66.78, 68.19)),
 }
+LOSSES = ("ce", *DIVERGENCES)  # ce: cross-entropy of the data's own tokens, fine-tuning instead of distillation
 SELECTIONS = ("top", "bottom", "random")
 MATCHES = ("steps", "epochs", "tokens")
 REWRITTEN = ("on-policy", "mixed")
 SOURCES = ("ground-truth", "target", *REWRITTEN)
+ROWS = ("all", "first", "in-turn")
+LABELS = {"distillspec": "DistillSpec", "adaspec": "AdaSPEC", "best": "best"}
+# Ours, found on validation rows (see the README): uniform distillation for the epochs of reference and draft together
+BEST = {"divergence": "lk_hybrid", "decay": "linear"}
 
 
 @dataclass(frozen=True)
 class Method:
     """A way to train a draft, written NAME[:KEY=VALUE]... on the command line, such as adaspec:k=0.2:select=bottom.
+
+    `divergence` is the loss, `gap` the one whose gap to the reference selects, `reference` what the reference was trained on.
+    With `k_end`, the fraction kept goes from `k` to `k_end` as training goes on (`fraction_kept`).
 
     `match` says what AdaSPEC has in common with a DistillSpec draft of the same epochs: "steps": batch and steps (and so passes
     over the data); "epochs": passes over the data, in batches 1/k as large, so that a step bears the loss of as many tokens;
@@ -126,37 +143,38 @@ class Method:
 
     `data` says who writes the responses: "ground-truth": the data set; "target": the target, once; "on-policy": the draft
     itself, anew every `refresh` steps; "mixed": the draft those of a `share` of the rows, the data set the others.
+
+    `rows`, of a mixed task such as gsm8k+mbpp: "all" of them, shuffled together; those of the "first" task alone; "in-turn"
+    those of the first, and then, from the draft that this gave, those of the next.
     """
 
     name: str
-    divergence: str = "fkl"  # of the loss
+    divergence: str = "fkl"
     k: float = 0.4
-    gap: str = "fkl"  # the divergence whose gap to the reference selects
+    k_end: float | None = None
+    gap: str = "fkl"
     select: str = "top"
     match: str = "steps"
+    reference: str = "fkl"
     data: str = "ground-truth"
     share: float = 0.5
     refresh: int = 50
+    rows: str = "all"
     lr: float | None = None
+    decay: str = "constant"
     epochs: int | None = None
     reference_epochs: int | None = None
 
     def __post_init__(self):
-        own = "divergence", "data", "share", "refresh", "lr", "epochs"
         for key, value in self.settings().items():
-            if self.name == "distillspec" and key not in own:
-                raise ValueError(f"distillspec has no {key}; it has {', '.join(own)}")
-            valid = {
-                "divergence": DIVERGENCES,
-                "gap": DIVERGENCES,
-                "select": SELECTIONS,
-                "match": MATCHES,
-                "data": SOURCES,
-            }.get(key)
-            if valid and value not in valid:
-                raise ValueError(f"{key} {value!r} is none of {', '.join(valid)}")
-        if not 0 < self.k <= 1:
-            raise ValueError(f"k must be in (0, 1], got {self.k}")
+            self.check_key(key)
+            choices = {"divergence": LOSSES, "gap": LOSSES, "reference": LOSSES, "select": SELECTIONS, "match": MATCHES}
+            choices |= {"data": SOURCES, "rows": ROWS, "decay": train.DECAYS}
+            if key in choices and value not in choices[key]:
+                raise ValueError(f"{key} {value!r} is none of {', '.join(choices[key])}")
+        for key in ("k", "k_end"):
+            if getattr(self, key) is not None and not 0 < getattr(self, key) <= 1:
+                raise ValueError(f"{key} must be in (0, 1], got {getattr(self, key)}")
         if not 0 <= self.share <= 1 or self.refresh < 1:
             raise ValueError(f"share must be in [0, 1] and refresh at least 1, got {self.share} and {self.refresh}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
@@ -164,30 +182,45 @@ class Method:
         if any(epochs is not None and epochs < 1 for epochs in (self.epochs, self.reference_epochs)):
             raise ValueError("epochs must be at least 1")
 
+    @classmethod
+    def usual(cls, name: str) -> dict:
+        """The settings of a method that is given by its name alone."""
+        return {f.name: f.default for f in fields(cls) if f.name != "name"} | (BEST if name == "best" else {})
+
+    def check_key(self, key: str) -> None:
+        uniform = "divergence", "data", "share", "refresh", "rows", "lr", "decay", "epochs"
+        if self.name != "adaspec" and key not in uniform:
+            raise ValueError(f"{self.name} has no {key}; it has {', '.join(uniform)}")
+
     def settings(self) -> dict:
         """What is not as usual."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name" and getattr(self, f.name) != f.default}
+        return {key: getattr(self, key) for key, value in self.usual(self.name).items() if getattr(self, key) != value}
 
     def source(self) -> list:
         """What stands for the data in a fingerprint."""
         return [self.data, *([self.share, self.refresh] if self.data in REWRITTEN else [])]
 
     def __str__(self) -> str:
-        label = {"distillspec": "DistillSpec", "adaspec": "AdaSPEC"}[self.name]
-        return " ".join([label, *(f"{key}={value}" for key, value in self.settings().items())])
+        return " ".join([LABELS[self.name], *(f"{key}={value}" for key, value in self.settings().items())])
 
     @classmethod
-    def parse(cls, text: str):
-        """Raises ValueError, in one line, for what is no method."""
+    def parse(cls, text: str, **flags):
+        """The method written as `text`; `flags` are settings for what it does not name and has.
+
+        Raises ValueError or ArgumentTypeError, in one line, for what is no method.
+        """
         name, *settings = text.split(":")
-        kinds = {f.name: f.type for f in fields(cls) if f.name != "name"}
-        one_of(["distillspec", "adaspec"])(name)
-        chosen = {}
+        one_of(LABELS)(name)
+        kinds = {f.name: str(f.type) for f in fields(cls) if f.name != "name"}
+        if name != "adaspec":
+            flags = {key: flags[key] for key in ("divergence", "data") if name == "distillspec" and key in flags}
+        chosen = dict(flags)
         for setting in settings:
             key, _, value = setting.partition("=")
             one_of(kinds)(key)
-            chosen[key] = float(value) if "float" in str(kinds[key]) else int(value) if "int" in str(kinds[key]) else value
-        return cls(name, **chosen)
+            chosen[key] = float(value) if "float" in kinds[key] else int(value) if "int" in kinds[key] else value
+            cls(name).check_key(key)
+        return cls(name, **cls.usual(name) | chosen)
 
 
 ABLATIONS = {  # --ablation NAME: a comparison of the paper, as methods
@@ -195,14 +228,32 @@ ABLATIONS = {  # --ablation NAME: a comparison of the paper, as methods
     "k": [f"adaspec:k={tenths / 10}" for tenths in range(1, 11)],
     "divergence": [f"distillspec:divergence={d}" for d in ("fkl", "rkl", "tvd", "jsd")]
     + [f"adaspec:divergence={d}:gap={d}" for d in ("fkl", "rkl", "tvd", "jsd")],
+    "fine-tuning": [
+        "distillspec:divergence=ce",
+        "distillspec",
+        "adaspec:divergence=ce:gap=ce:reference=ce",
+        "adaspec:reference=ce",
+        "adaspec",
+    ],
     "reference": [f"adaspec:reference_epochs={epochs}" for epochs in range(1, 6)],
+    "epochs": [f"{name}:epochs={epochs}" for name in ("distillspec", "adaspec") for epochs in (1, 2, 3, 6, 12)],
     "match": ["distillspec", *(f"adaspec:match={match}" for match in MATCHES)],
+    "adaptive": [
+        "adaspec",
+        "adaspec:k=0.1:k_end=0.7",
+        "adaspec:k=0.7:k_end=0.1",
+        "adaspec:k_end=1.0",
+        "adaspec:k=1.0:k_end=0.4",
+    ],
+    "data": [f"{name}:data={source}" for name in ("distillspec", "adaspec") for source in SOURCES],
+    "mixed": [f"{name}:rows={rows}" for rows in ("first", "in-turn", "all") for name in ("distillspec", "adaspec")],
 }
 
 
 def recipe(task: str, pair: str, args) -> dict:
-    """Batch size, learning rate and epochs (target, reference, draft) of a cell: the paper's, unless given by flags."""
-    batch_size, by_pair = RECIPES.get(task, (16, {}))
+    """Batch size, learning rate and epochs (target, reference, draft) of a cell: the paper's (of a mixed task, its first
+    task's), unless given by flags."""
+    batch_size, by_pair = RECIPES.get(task.split("+")[0], (16, {}))
     lr, epochs = by_pair.get(pair) or (OTHER_LR.get(pair, 3e-4), (3, 3, 3))
     epochs = args.epochs or (epochs if args.regime == "optimal" else (3, 3, 3))
     return {"batch_size": args.batch or batch_size, "lr": lr if args.lr is None else args.lr, "epochs": epochs}
@@ -213,11 +264,11 @@ def recipe(task: str, pair: str, args) -> dict:
 
 def cross_entropy(hidden, head, batch):
     """Next-token cross-entropy on the response: pretraining, and the target's fine-tuning (stage 0)."""
+    return head.loss(hidden, *loss_of("ce", None, batch)), len(hidden)
 
-    def loss(labels, logits):
-        return F.cross_entropy(logits.float(), labels, reduction="none")
 
-    return head.loss(hidden, lambda rows: batch.labels[rows], loss), len(hidden)
+def token_cross_entropy(labels, logits):
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def target_logits(target, batch):
@@ -226,29 +277,40 @@ def target_logits(target, batch):
     return lambda rows: target.head(hidden[rows])
 
 
+def loss_of(name: str, target, batch):
+    """What a loss of `LOSSES` holds the draft's logits against, and the loss itself: two arguments of `train.Head.loss`."""
+    if name == "ce":
+        return (lambda rows: batch.labels[rows]), token_cross_entropy
+    return target_logits(target, batch), DIVERGENCES[name]
+
+
 def distillation(target, divergence: str = "fkl"):
     """Stage 1 and DistillSpec: a divergence from the frozen target on every response token."""
 
     def objective(hidden, head, batch):
-        return head.loss(hidden, target_logits(target, batch), DIVERGENCES[divergence]), len(hidden)
+        return head.loss(hidden, *loss_of(divergence, target, batch)), len(hidden)
 
     return objective
 
 
-def selective_distillation(target, reference_kl, k: float, divergence="fkl", gap="fkl", select="top"):
+def fraction_kept(k: float, k_end: float | None, progress: float) -> float:
+    """The adaptive filter: k at the first step, k_end at the last, a straight line between (None: k throughout)."""
+    return k if k_end is None else k + (k_end - k) * progress
+
+
+def selective_distillation(target, reference_loss, k: float, k_end=None, divergence="fkl", gap="fkl", select="top"):
     """Stage 2, AdaSPEC: a divergence on the top k of the tokens by their gap to the reference, over all ranks.
 
-    First the gap of all tokens without gradient, then forward and backward on the selected ones alone. `reference_kl(batch)`
-    is KL(p || q_ref) [N], or another divergence, the one named by `gap`. `select`: "bottom" and "random" take as many others.
+    First the gap of all tokens without gradient, then forward and backward on the selected ones alone. `reference_loss(batch)`
+    is KL(p || q_ref) [N], or another loss, the one named by `gap`. `select`: "bottom" and "random" take as many others.
     """
     order = {"top": lambda gap: gap, "bottom": torch.neg, "random": lambda gap: gap * 0 + torch.rand_like(gap)}[select]
 
     def objective(hidden, head, batch):
-        wanted = target_logits(target, batch)
-        gaps = head.per_token(hidden, wanted, DIVERGENCES[gap]) - reference_kl(batch)
+        gaps = head.per_token(hidden, *loss_of(gap, target, batch)) - reference_loss(batch)
         every, own = train.gather_ragged(order(gaps))
-        rows = select_tokens(every, k)[own].nonzero().squeeze(-1)
-        loss = head.loss(hidden, wanted, DIVERGENCES[divergence], rows)
+        rows = select_tokens(every, fraction_kept(k, k_end, batch.progress))[own].nonzero().squeeze(-1)
+        loss = head.loss(hidden, *loss_of(divergence, target, batch), rows)
         return loss + 0 * gaps.sum(), len(rows)  # 0 * NaN: a NaN gap is a NaN loss
 
     return objective
@@ -406,6 +468,12 @@ def serving(target, draft, gamma: int, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def folder_name(kind: str, method: Method, part: str, base, draft) -> str:
+    """The folder of what was trained on all rows, or on those of the task `part` of a mixed one, from `base` or the `draft`."""
+    after = f"after-{base[0].name}" if base != draft else ""
+    return "-".join([kind, *filter(None, [part, after]), *(f"{key}-{value}" for key, value in method.settings().items())])
+
+
 class Cell:
     """A pair, a task and a seed: their rows, and the stages that end in their part of the table."""
 
@@ -416,10 +484,11 @@ class Cell:
         own = f"custom-{Path(args.target).name}-{Path(args.draft).name}" if pair_name == "custom" else pair_name
         self.folder = Path(args.out, own, task, f"seed{seed}")
         self.plan, self.dtype = recipe(task, pair_name, args), train.DTYPES[args.dtype]
-        spec, rows = data.TASKS[task], data.load_rows(task, "train", args.data_dir, args.limit)
+        rows = {one: data.load_rows(one, "train", args.data_dir, args.limit) for one in task.split("+")}
         self.scratch = isinstance(self.pair.target, dict)
         if self.scratch:
-            self.tokenizer = data.train_tokenizer([spec.prompt(row) + spec.response(row) for row in rows], SCRATCH_VOCABULARY)
+            texts = [data.TASKS[one].prompt(row) + data.TASKS[one].response(row) for one in rows for row in rows[one]]
+            self.tokenizer = data.train_tokenizer(texts, SCRATCH_VOCABULARY)
             self.names, sizes = [f"{pair_name}'s target", f"{pair_name}'s draft"], [self.pair.target, self.pair.draft]
             with torch.device("meta"):
                 self.models = [scratch_model(size, self.tokenizer, seed) for size in sizes]
@@ -427,21 +496,20 @@ class Cell:
             self.names = [resolve(name, args.models_dir) for name in (self.pair.target, self.pair.draft)]
             self.models = [check_model(name) for name in self.names]  # without weights
             self.tokenizer = shared_tokenizer(*self.names)
-        test_rows = data.load_rows(task, args.split, args.data_dir, args.eval_prompts)
+        test_rows = {one: data.load_rows(one, args.split, args.data_dir, args.eval_prompts) for one in rows}
         for turn in (0, 1):  # rank 0 tokenises, the others read what it has written
             if turn == (train.rank() > 0):
-                (self.examples, dropped), (self.test, test_dropped) = (
-                    data.encode_once(Path(args.out, "tokenised"), task, some, self.tokenizer, args.max_length)
-                    for some in (rows, test_rows)
-                )
+                (self.parts, dropped), (self.test, test_dropped) = map(self.encode, (rows, test_rows))
             train.agreed(None)
+        if not all([*self.parts.values(), *self.test.values()]):
+            raise ValueError(f"{task}: no rows are left within {args.max_length} tokens; raise --max-length")
+        self.examples = [example for part in self.parts.values() for example in part]
+        every_test = [example for part in self.test.values() for example in part]
         self.header = (
-            f"\n{pair_name} / {task} / seed {seed}: {len(self.examples)} train rows, {len(self.test)} {args.split} prompts "
+            f"\n{pair_name} / {task} / seed {seed}: {len(self.examples)} train rows, {len(every_test)} {args.split} prompts "
             f"({dropped} and {test_dropped} rows dropped: no response within {args.max_length} tokens)"
         )
-        if not self.examples or not self.test:
-            raise ValueError(f"{task}: no rows are left within {args.max_length} tokens; raise --max-length")
-        longest = max(example.prompt_length for example in self.test) + args.max_new_tokens
+        longest = max(example.prompt_length for example in every_test) + args.max_new_tokens
         for name, model in zip(self.names, self.models, strict=True):
             context = getattr(model.config, "max_position_embeddings", sys.maxsize)
             if context < max(longest, args.max_length):
@@ -449,16 +517,23 @@ class Cell:
                     f"{name} has a context of {context} tokens; --max-length is {args.max_length}, and the longest test prompt "
                     f"with --max-new-tokens {args.max_new_tokens} takes {longest}"
                 )
-        self.digest = data.digest(self.examples)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.sizes = {}  # rows of each data set that a stage was trained on, by digest
+
+    def encode(self, rows: dict) -> tuple[dict, int]:
+        """The examples of each task's rows, and how many rows of all were dropped."""
+        folder = Path(self.args.out, "tokenised")
+        found = {one: data.encode_once(folder, one, rows[one], self.tokenizer, self.args.max_length) for one in rows}
+        return {one: examples for one, (examples, _) in found.items()}, sum(dropped for _, dropped in found.values())
 
     def fit(
-        self, name, init, make_model, objective, lr, epochs,
-        batch_size=None, examples=None, max_steps=None, rewrite=None, refresh=1, **made_of,
+        self, name, init, make_model, objective, lr, epochs, examples,
+        batch_size=None, decay="constant", max_steps=None, rewrite=None, refresh=1, **made_of,
     ):  # fmt: skip
         """The stage that trains make_model() on objective(); `init` and `made_of` stand for both in its fingerprint."""
         args = self.args
         hyper = {"lr": lr, "epochs": epochs, "batch_size": batch_size or self.plan["batch_size"], "seed": self.seed}
+        hyper |= {"decay": decay}
         hyper |= {"dtype": args.dtype, "max_steps": min(filter(None, (args.max_steps, max_steps)), default=None)}
 
         def work(mark):
@@ -466,9 +541,10 @@ class Cell:
             how = {"vocab_size": len(self.tokenizer), "micro_batch": args.micro_batch, "name": f"{self.task} {name}"}
             checkpoints = train.Checkpoints(checkpoint_folder(self.folder / name), mark)
             how |= {"checkpoints": checkpoints, "save_minutes": args.save_minutes, "rewrite": rewrite, "refresh": refresh}
-            return model, train.train(model, examples or self.examples, objective(), **hyper, **how)
+            return model, train.train(model, examples, objective(), **hyper, **how)
 
-        settings = {"stage": name, "init": init, "data": data.digest(examples or self.examples), **hyper, **made_of}
+        settings = {"stage": name, "init": init, "data": data.digest(examples), **hyper, **made_of}
+        self.sizes[settings["data"]] = len(examples)
         return stage(self.folder / name, settings, self.tokenizer, work)
 
     def load(self, path, dtype=torch.float32):
@@ -503,27 +579,27 @@ class Cell:
         return distillation(self.teacher(target, examples), divergence)
 
     def selection(self, target, reference, examples, method: Method):
-        """Stage 2's objective, with the reference's KL per token in a cache too."""
+        """Stage 2's objective, with the reference's loss per token in a cache too."""
         teacher, asked = self.teacher(target, examples), self.frozen(reference[0])
-        how = {"k": method.k, "divergence": method.divergence, "gap": method.gap, "select": method.select}
+        how = {key: getattr(method, key) for key in ("k", "k_end", "divergence", "gap", "select")}
 
-        def reference_kl(batch):
-            return asked.head.per_token(asked.hidden(batch), target_logits(teacher, batch), DIVERGENCES[method.gap])
+        def reference_loss(batch):
+            return asked.head.per_token(asked.hidden(batch), *loss_of(method.gap, teacher, batch))
 
         cache = examples and self.cache("reference", examples, target[1] + reference[1] + method.gap, 1, torch.float32)
         if not cache:
-            return selective_distillation(teacher, reference_kl, **how)
+            return selective_distillation(teacher, reference_loss, **how)
         fill = self.rows_at_once(), f"{self.task} reference cache", self.args.save_minutes
-        cache.fill(reference_kl, self.device, *fill)
+        cache.fill(reference_loss, self.device, *fill)
         return selective_distillation(teacher, lambda batch: cache.read(batch).squeeze(1), **how)
 
-    def responses(self, model, rows: list[int], seed: int) -> list[data.Example]:
-        """The examples of these rows with responses that `model` writes, sampled at temperature 1."""
-        found, order = {}, sorted(rows, key=lambda row: self.examples[row].prompt_length)
+    def responses(self, model, examples, rows: list[int], seed: int) -> list[data.Example]:
+        """These rows of the examples with responses that `model` writes, sampled at temperature 1."""
+        found, order = {}, sorted(rows, key=lambda row: examples[row].prompt_length)
         generator, end = torch.Generator(self.device).manual_seed(seed), self.tokenizer.eos_token_id
         for group in (order[i : i + 4 * self.args.eval_batch] for i in range(0, len(order), 4 * self.args.eval_batch)):
             train.check_stop()
-            prompts = [prompt_ids(self.examples[row]) for row in group]
+            prompts = [prompt_ids(examples[row]) for row in group]
             ids, mask = left_padded(prompts, self.device)
             limit = min(self.args.max_new_tokens, self.args.max_length - ids.shape[1])
             sampling = {"max_new_tokens": limit, "temperature": 1.0, "eos_token_id": end, "generator": generator}
@@ -532,33 +608,34 @@ class Cell:
                 found[row] = response(tokens, prompt, end)
         return [found[row] for row in rows]
 
-    def written_by_target(self, target) -> list[data.Example]:
-        """The training rows with the target's responses, written once (each rank its share) and kept."""
+    def written_by_target(self, target, examples) -> list[data.Example]:
+        """The examples with the target's responses, written once (each rank its share) and kept."""
         path, mark = target
-        settings = [mark, self.digest, self.args.max_new_tokens, self.args.eval_batch, self.seed, train.world_size()]
+        settings = [mark, data.digest(examples), self.args.max_new_tokens, self.args.eval_batch, self.seed, train.world_size()]
         file = self.folder / f"target-written-{fingerprint({'settings': settings})}.tokens"
         if not train.agreed(train.rank() == 0 and data.read_examples(file) is not None):
-            own = list(range(train.rank(), len(self.examples), train.world_size()))
-            parts = train.gather_objects(self.responses(self.load(path, self.dtype), own, self.seed + train.rank()))
+            own = list(range(train.rank(), len(examples), train.world_size()))
+            model = self.load(path, self.dtype)
+            parts = train.gather_objects(self.responses(model, examples, own, self.seed + train.rank()))
             if train.rank() == 0:
-                data.write_examples(file, [parts[row % len(parts)][row // len(parts)] for row in range(len(self.examples))])
+                data.write_examples(file, [parts[row % len(parts)][row // len(parts)] for row in range(len(examples))])
             train.agreed(None)
         return data.read_examples(file)[0]
 
-    def source(self, method: Method, target) -> dict:
-        """What `fit` is to be told of the method's data: `examples`, or how they are rewritten."""
+    def source(self, method: Method, target, examples) -> dict:
+        """What `fit` is to be told of the method's data: its `examples`, and how they are rewritten as training goes on."""
         if method.data == "ground-truth":
-            return {"examples": self.examples}
+            return {"examples": examples}
         if method.data == "target":
-            return {"examples": self.written_by_target(target)}
+            return {"examples": self.written_by_target(target, examples)}
 
         def rewrite(model, rows, step):
-            drawn = np.random.default_rng([self.seed, step]).random(len(self.examples))
+            drawn = np.random.default_rng([self.seed, step]).random(len(examples))
             own = [row for row in rows if method.data == "on-policy" or drawn[row] < method.share]
-            fresh = dict(zip(own, self.responses(model, own, self.seed * 1_000_003 + step), strict=True))
-            return [fresh.get(row, self.examples[row]) for row in rows]
+            fresh = dict(zip(own, self.responses(model, examples, own, self.seed * 1_000_003 + step), strict=True))
+            return [fresh.get(row, examples[row]) for row in rows]
 
-        return {"examples": None, "rewrite": rewrite, "refresh": method.refresh}
+        return {"examples": examples, "rewrite": rewrite, "refresh": method.refresh}
 
     def rows_at_once(self) -> int:
         return self.args.micro_batch or self.plan["batch_size"]
@@ -571,60 +648,72 @@ class Cell:
         made = []
         for role, sizes in (("target", self.pair.target), ("draft", self.pair.draft)):
             make = functools.partial(scratch_model, sizes, self.tokenizer, self.seed)
-            made.append(self.fit(f"base-{role}", sizes, make, lambda: cross_entropy, examples=whole, **SCRATCH))
+            made.append(self.fit(f"base-{role}", sizes, make, lambda: cross_entropy, **SCRATCH, examples=whole))
         return made
 
     def run(self) -> list[dict]:
         """All stages that are not done yet, and the evaluation; returns the cell's rows of the table."""
         say(self.header)
         args, lr, (target_epochs, reference_epochs, draft_epochs) = self.args, self.plan["lr"], self.plan["epochs"]
-        target, (draft, draft_mark) = self.bases()
+        target, draft = self.bases()
         if target_epochs:
             path, mark = target
             target_lr = self.pair.target_lr if args.target_lr is None else args.target_lr
-            target = self.fit("target", mark, lambda: self.load(path), lambda: cross_entropy, target_lr, target_epochs)
-
-        def student():
-            return self.load(draft)
+            start = functools.partial(self.load, path)
+            target = self.fit("target", mark, start, lambda: cross_entropy, target_lr, target_epochs, self.examples)
 
         @functools.cache  # reference and DistillSpec draft have one recipe, and are one model where all else is equal
-        def distil(method):
-            source, own_lr = self.source(method, target), method.lr or lr
+        def distil(method, base, part):
+            source = self.source(method, target, self.part(part))
             made_of = {"target": target[1], "divergence": method.divergence, "source": method.source()}
-            settings = {key: value for key, value in method.settings().items() if key != "epochs"}
-            name = "-".join([f"distilled-{method.epochs}-epochs", *(f"{key}-{value}" for key, value in settings.items())])
-            objective = functools.partial(self.distillation, target, source["examples"], method.divergence)
-            return self.fit(name, draft_mark, student, objective, own_lr, method.epochs, **source, **made_of)
+            kind = "best" if method.name == "best" else "distilled"
+            name = folder_name(f"{kind}-{method.epochs}-epochs", replace(method, epochs=None), part, base, draft)
+            fixed = None if "rewrite" in source else source["examples"]
+            objective = functools.partial(self.distillation, target, fixed, method.divergence)
+            how = {"lr": method.lr or lr, "decay": method.decay, "epochs": method.epochs, **source, **made_of}
+            return self.fit(name, base[1], functools.partial(self.load, base[0]), objective, **how)
 
-        drafts, stages = {"base": (draft, draft_mark)}, {}
-        for method in args.methods:
-            epochs, label = method.epochs or draft_epochs, str(method)
-            if method.name == "distillspec":
-                drafts[label] = distil(replace(method, epochs=epochs))
-                stages[label] = [drafts[label]]
-                continue
+        def trained(method, base, part):
+            """The stages of a draft that starts as `base`: the last one is the draft."""
+            epochs = method.epochs or draft_epochs + (reference_epochs if method.name == "best" else 0)
+            if method.name != "adaspec":
+                return [distil(replace(method, epochs=epochs, rows="all"), base, part)]
             fixed = method.data if method.data == "target" else "ground-truth"
-            reference = distil(Method("distillspec", data=fixed, epochs=method.reference_epochs or reference_epochs))
+            recipe = {"divergence": method.reference, "data": fixed, "epochs": method.reference_epochs or reference_epochs}
+            reference = distil(Method("distillspec", **recipe), base, part)
+            source = self.source(method, target, self.part(part))
             made_of = {"target": target[1], "reference": reference[1], "source": method.source()}
-            made_of |= {key: getattr(method, key) for key in ("k", "divergence", "gap", "select")}
+            made_of |= {key: getattr(method, key) for key in ("k", "k_end", "divergence", "gap", "select")}
             if args.micro_batch:  # the quantile is then over the micro-batches that the ranks process together
                 made_of |= {"micro_batch": args.micro_batch, "ranks": train.world_size()}
-            made_of |= self.matching(method, epochs) | {"lr": method.lr or lr} | self.source(method, target)
-            objective = functools.partial(self.selection, target, reference, made_of["examples"], method)
-            name = "-".join(["adaspec", *(f"{key}-{value}" for key, value in method.settings().items())])
-            drafts[label] = self.fit(name, draft_mark, student, objective, **made_of)
-            stages[label] = [reference, drafts[label]]
+            made_of |= self.matching(method, epochs, len(source["examples"]))
+            made_of |= {"lr": method.lr or lr, "decay": method.decay} | source
+            fixed = None if "rewrite" in source else source["examples"]
+            objective = functools.partial(self.selection, target, reference, fixed, method)
+            name = folder_name("adaspec", replace(method, rows="all"), part, base, draft)
+            return [reference, self.fit(name, base[1], functools.partial(self.load, base[0]), objective, **made_of)]
+
+        drafts, stages = {"base": draft}, {}
+        for method in args.methods:
+            made = [draft]
+            for part in {"all": [""], "first": [*self.parts][:1], "in-turn": self.parts}[method.rows]:
+                made += trained(method, made[-1], part)
+            drafts[str(method)], stages[str(method)] = made[-1], made[1:]
         took = {label: self.took(made) for label, made in stages.items()}
-        rows = self.evaluation(target, drafts, took)
+        rows = self.evaluation(target, drafts, stages, took)
         if train.rank() == 0:
             say(serving(target[0], [*drafts.values()][-1][0], args.gamma, self.folder / "serve"))
             for kind in ("target", "reference"):
                 shutil.rmtree(self.folder / f"cache-{kind}", ignore_errors=True)
         return rows
 
-    def matching(self, method: Method, epochs: int) -> dict:
+    def part(self, task: str) -> list[data.Example]:
+        """The training rows of one of a mixed task's tasks; "": of all."""
+        return self.parts[task] if task else self.examples
+
+    def matching(self, method: Method, epochs: int, rows: int) -> dict:
         """Batch size, epochs and bound on the steps of stage 2, see `Method`."""
-        batch_size, rows = self.plan["batch_size"], len(self.examples)
+        batch_size = self.plan["batch_size"]
         if method.match == "steps":
             return {"epochs": epochs, "batch_size": batch_size}
         larger = round(batch_size / method.k)
@@ -639,7 +728,7 @@ class Cell:
         made_by = [read(folder / "stage.json") for folder, _ in stages]
         took = {key: sum(made["summary"][key] for made in made_by) for key in ("rows", "steps", "loss_tokens", "seconds")}
         cached = [made for made in made_by if self.cache_bytes() and made["settings"]["source"][0] not in REWRITTEN]
-        forwards = len(self.examples) * len({made["settings"]["data"] for made in cached})
+        forwards = sum(self.sizes[digest] for digest in {made["settings"]["data"] for made in cached})
         forwards += sum(made["summary"]["rows"] for made in made_by if made not in cached)
         return took | {"epochs": took["rows"] / len(self.examples), "target_forwards": forwards}
 
@@ -649,32 +738,54 @@ class Cell:
         size = train.TokenCache(self.folder, "", self.examples, width, self.dtype).bytes
         return size if size <= self.args.cache_gb * 2**30 else 0
 
-    def evaluation(self, target, drafts: dict, took: dict) -> list[dict]:
+    def evaluation(self, target, drafts: dict, stages: dict, took: dict) -> list[dict]:
         """The last stage: the drafts' rows of the table, from `evaluation.json` where nothing has changed."""
-        flags = ("gamma", "max_new_tokens", "max_length", "dtype", "eval_batch")
-        protocol = {
-            "pair": self.pair_name,
-            "task": self.task,
-            "seed": self.seed,
-            "split": self.args.split,
-            "prompts": len(self.test),
-        }
-        protocol |= {"timed_prompts": min(self.args.timed_prompts, len(self.test))}
+        flags = ("split", "regime", "gamma", "max_new_tokens", "max_length", "dtype", "eval_batch")
+        protocol = {"pair": self.pair_name, "seed": self.seed, "train_rows": len(self.examples)}
         protocol |= {flag: getattr(self.args, flag) for flag in flags} | {"device": self.device.type} | versions()
-        protocol |= {"regime": self.args.regime}
-        marks = {"target": target[1], "test": data.digest(self.test), **{name: mark for name, (_, mark) in drafts.items()}}
+        marks = {"target": target[1], **{name: mark for name, (_, mark) in drafts.items()}}
+        marks |= {"timed_prompts": self.args.timed_prompts, **{one: data.digest(test) for one, test in self.test.items()}}
         mark, note = fingerprint(protocol | marks), self.folder / "evaluation.json"
         saved = train.agreed(read(note) if train.rank() == 0 else {})
         if saved.get("fingerprint") == mark:
             return saved["rows"]
         models = {name: self.load(path, self.dtype) for name, (path, _) in drafts.items()}
-        asked, label, started = self.load(target[0], self.dtype), f"{self.task} evaluation", time.time()
-        rows = evaluate(asked, models, self.test, self.tokenizer, self.args, self.seed, label)
-        protocol |= {"ranks": train.world_size()}
-        rows = train.agreed([protocol | row | took.get(row["draft"], {}) for row in rows])  # rank 0's have the timings
+        asked, started, rows = self.load(target[0], self.dtype), time.time(), []
+        for one, test in self.test.items():
+            where = {"task": one if one == self.task else f"{one} of {self.task}", "prompts": len(test)}
+            where |= protocol | {"timed_prompts": min(self.args.timed_prompts, len(test)), "ranks": train.world_size()}
+            found = evaluate(asked, models, test, self.tokenizer, self.args, self.seed, f"{one} evaluation")
+            foresight = self.foresight(target, drafts, stages, test)
+            rows += [where | row | took.get(row["draft"], {}) | foresight.get(row["draft"], {}) for row in found]
+        rows = train.agreed(rows)  # rank 0's have the timings
         if train.rank() == 0:
             write(note, {"fingerprint": mark, "git": git_commit(), "seconds": round(time.time() - started), "rows": rows})
         return rows
+
+    def foresight(self, target, drafts: dict, stages: dict, examples) -> dict:
+        """How well AdaSPEC's gap, before stage 2, foretells which tokens its draft goes on to learn.
+
+        Spearman's rank correlation with the fall of KL(p || q) from the base to the trained draft, over the response tokens of
+        held-out rows: of the gap, and, since both contain it, of the base's loss alone; by the draft's label.
+        """
+        asked = self.frozen(target[0])
+
+        @functools.cache
+        def losses(path):
+            model, found = self.frozen(path), []
+            for i in range(0, len(examples), self.rows_at_once()):
+                rows = range(i, min(i + self.rows_at_once(), len(examples)))
+                batch = train.make_batch(examples, list(rows), self.device)
+                found.append(model.head.per_token(model.hidden(batch), *loss_of("fkl", asked, batch)).cpu())
+            return torch.cat(found).numpy()
+
+        found = {}
+        for label, made in stages.items():
+            if len(made) == 2 and label.startswith(LABELS["adaspec"]):
+                base, reference, draft = (losses(path) for path in (drafts["base"][0], made[0][0], made[1][0]))
+                by_gap, by_loss = (rank_correlation(values, base - draft) for values in (base - reference, base))
+                found[label] = {"gap_correlation": by_gap, "loss_correlation": by_loss}
+        return found
 
 
 # Evaluation
@@ -840,6 +951,12 @@ def over_seeds(rows: list[dict]) -> str:
     return "\n".join([f"\nMeans over {seeds} seeds (95% interval of the mean over seeds, Student's t):\n", *lines])
 
 
+def rank_correlation(a, b) -> float:
+    """Spearman's, of two arrays [N] of values that are nearly all different (ties are ranked by place)."""
+    ranks = [np.argsort(np.argsort(values, kind="stable")) for values in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
 def paper_alpha(row: dict) -> str:
     """The paper's alpha of a row's cell, "" where it has none: it has DistillSpec and AdaSPEC, and names no temperature."""
     pairs, drafts = ["pythia", "codegen"], ["DistillSpec", "AdaSPEC"]
@@ -849,11 +966,15 @@ def paper_alpha(row: dict) -> str:
     return f"{cell[drafts.index(row['draft'])] / 100:.3f}"
 
 
-def some_of(valid):
-    """The type of an argument that is some of these names, each once, with commas between."""
+def some_of(valid, mixed: bool = False):
+    """The type of an argument that is some of these names, each once, with commas between; `mixed`: or a+b, two and more."""
 
     def names(text):
-        found = [one_of(valid)(name) for name in text.split(",")]
+        found = text.split(",")
+        for name in found:
+            parts = [one_of(valid)(part) for part in (name.split("+") if mixed else [name])]
+            if len(set(parts)) < len(parts):
+                raise argparse.ArgumentTypeError(f"{name!r} has a part twice")
         if twice := [name for name in found if found.count(name) > 1]:
             raise argparse.ArgumentTypeError(f"{twice[0]!r} is there twice")
         return found
@@ -884,7 +1005,12 @@ def parse(argv=None):
     parser = OneParser(prog="run_all.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", type=one_of(PRESETS), help="tiny: the offline task and pair, minutes on two cores")
-    add("--tasks", type=some_of(data.TASKS), default=",".join(RECIPES), help=f"comma-separated, of {', '.join(data.TASKS)}")
+    add(
+        "--tasks",
+        type=some_of(data.TASKS, mixed=True),
+        default=",".join(RECIPES),
+        help=f"comma-separated, of {', '.join(data.TASKS)}, or mixed: gsm8k+mbpp",
+    )
     pairs = [*PAIRS, "custom"]
     add("--pairs", type=some_of(pairs), default="pythia,codegen", help=f"comma-separated, of {', '.join(pairs)}")
     add("--target", help="with --pairs custom: Hub id or folder of your target")
@@ -892,7 +1018,7 @@ def parse(argv=None):
     add("--methods", default="distillspec,adaspec", help="comma-separated, each NAME[:KEY=VALUE]..., see Method in the source")
     add("--ablation", type=one_of(ABLATIONS), help=f"--methods of a comparison: {', '.join(ABLATIONS)}")
     for key in ("divergence", "gap"):
-        add(f"--{key}", type=one_of(DIVERGENCES), default="fkl", help="of methods that name none (gap: of adaspec)")
+        add(f"--{key}", type=one_of(LOSSES), default="fkl", help="of methods that name none (gap: of adaspec)")
     add("--data", type=one_of(SOURCES), default="ground-truth", help="who writes the responses, of methods that name nobody")
     add("--match", type=one_of(MATCHES), default="steps", help="what AdaSPEC has in common with DistillSpec, see Method")
     add("--split", type=one_of(["validation", "test"]), default="test", help="rows to evaluate on: choose on validation")
@@ -935,22 +1061,17 @@ def parse(argv=None):
         parser.error(f"--seeds must be different numbers of at least 0 and below 2**32, got {','.join(map(str, args.seeds))}")
     if not 0 < args.k <= 1:
         parser.error(f"--k must be in (0, 1], got {args.k}")
-    texts, usual = ABLATIONS[args.ablation] if args.ablation else args.methods.split(","), vars(Method("adaspec"))
-    args.methods = []
+    texts = ABLATIONS[args.ablation] if args.ablation else args.methods.split(",")
+    args.methods, flags = [], {key: getattr(args, key) for key in ("divergence", "data", "gap", "k", "match")}
     for text in texts:
         try:
-            method = Method.parse(text)
-            flags = {
-                key: getattr(args, key)
-                for key in ("divergence", "data", "gap", "k", "match")
-                if getattr(method, key) == usual[key]
-            }
-            flags = {key: value for key, value in flags.items() if method.name == "adaspec" or key in ("divergence", "data")}
-            args.methods.append(replace(method, **flags))
+            args.methods.append(Method.parse(text, **flags))
         except (ValueError, argparse.ArgumentTypeError) as error:
             parser.error(f"--methods: {text!r}: {error}")
     if twice := [str(method) for method in args.methods if args.methods.count(method) > 1]:
         parser.error(f"--methods: {twice[0]} is there twice")
+    if (single := [task for task in args.tasks if "+" not in task]) and (some := [m for m in args.methods if m.rows != "all"]):
+        parser.error(f"--methods: {some[0]} is for a mixed task such as gsm8k+mbpp, and {single[0]} is none")
     if args.epochs and (len(args.epochs) != 3 or args.epochs[0] < 0 or min(args.epochs[1:]) < 1):
         parser.error("--epochs takes three numbers: target (0 or more), reference and draft (1 or more)")
     if "custom" in args.pairs and not (args.target and args.draft):

@@ -38,6 +38,7 @@ from data import Example, batches, collate, write_file, writing
 __all__ = ["Batch", "Frozen", "Head", "NonFiniteError", "Stopped", "TokenCache", "gather_ragged", "setup", "train"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DECAYS = {"constant": lambda progress: 1.0, "linear": lambda progress: 1.0 - progress}  # of the learning rate
 CHUNK = 256  # response tokens whose logits exist at one time
 
 
@@ -174,12 +175,13 @@ def gather_ragged(values: Tensor) -> tuple[Tensor, slice]:
 
 class Batch(NamedTuple):
     """A micro-batch: `input_ids` [B, T], the flat position of each response token's predictor [N], that token's id [N],
-    and the examples' numbers [B]."""
+    the examples' numbers [B], and how much of the stage's training is over (0 at its first step, below 1 at its last)."""
 
     input_ids: Tensor
     index: Tensor
     labels: Tensor
     rows: list[int]
+    progress: float = 0.0
 
 
 def make_batch(examples: Sequence[Example], rows: list[int], device: torch.device) -> Batch:
@@ -507,6 +509,7 @@ def train(
     epochs: int,
     batch_size: int,
     micro_batch: int | None = None,
+    decay: str = "constant",
     dtype: str = "float32",
     seed: int = 0,
     max_steps: int | None = None,
@@ -518,8 +521,9 @@ def train(
     rewrite: Callable[[nn.Module, list[int], int], list[Example]] | None = None,
     refresh: int = 50,
 ) -> dict:
-    """Train `model` (float32 weights, in place) with AdamW at a constant rate; returns a summary (steps, tokens, loss, ...).
+    """Train `model` (float32 weights, in place) with AdamW; returns a summary (steps, tokens, loss, ...).
 
+    The learning rate is `lr`, as in the paper, or with `decay` "linear" goes from there to nothing over the stage.
     `batch_size` counts the rows of an optimiser step over all ranks, `micro_batch` those of one forward on one rank. `dtype`
     is the autocast type: float32, bfloat16, or float16 (with a GradScaler; steps it skips are counted). Matrices decay, biases
     and norms do not. With `checkpoints` the state is saved every `save_minutes` and when a signal asks to stop, and training
@@ -529,6 +533,8 @@ def train(
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if decay not in DECAYS:
+        raise ValueError(f"unknown decay {decay!r}, expected one of {', '.join(DECAYS)}")
     lengths = [len(e.input_ids) for e in examples]
     if not lengths or min(map(len, batches(lengths, batch_size, seed, 0))) < world_size():
         raise ValueError(f"{name}: {len(lengths)} rows in batches of {batch_size} do not feed {world_size()} ranks")
@@ -583,7 +589,7 @@ def train(
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, its tokens; ranks that want to save, and to stop
         parts = micro_batches(rows, micro_batch)
         for i, part in enumerate(parts):
-            batch = make_batch(current, part, device)
+            batch = make_batch(current, part, device)._replace(progress=step / len(order))
             last = i == len(parts) - 1 or world_size() == 1
             with nullcontext() if last else student.no_sync():
                 with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
@@ -604,6 +610,8 @@ def train(
             what = "loss" if not math.isfinite(total) else "gradient norm"
             where = f"step {step + 1} (epoch {epoch + 1}, rows {sorted(rows)} of those kept)"
             raise NonFiniteError(f"{name}: {what} is not finite in {where}")
+        for group in optimizer.param_groups:
+            group["lr"] = DECAYS[decay](step / len(order)) * lr
         before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
