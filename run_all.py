@@ -160,6 +160,7 @@ class Method:
     share: float = 0.5
     refresh: int = 50
     rows: str = "all"
+    batch: int | None = None
     lr: float | None = None
     decay: str = "constant"
     epochs: int | None = None
@@ -179,8 +180,8 @@ class Method:
             raise ValueError(f"share must be in [0, 1] and refresh at least 1, got {self.share} and {self.refresh}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be above 0 and finite, got {self.lr}")
-        if any(epochs is not None and epochs < 1 for epochs in (self.epochs, self.reference_epochs)):
-            raise ValueError("epochs must be at least 1")
+        if any(count is not None and count < 1 for count in (self.batch, self.epochs, self.reference_epochs)):
+            raise ValueError("batch and epochs must be at least 1")
 
     @classmethod
     def usual(cls, name: str) -> dict:
@@ -188,7 +189,7 @@ class Method:
         return {f.name: f.default for f in fields(cls) if f.name != "name"} | (BEST if name == "best" else {})
 
     def check_key(self, key: str) -> None:
-        uniform = "divergence", "data", "share", "refresh", "rows", "lr", "decay", "epochs"
+        uniform = "divergence", "data", "share", "refresh", "rows", "batch", "lr", "decay", "epochs"
         if self.name != "adaspec" and key not in uniform:
             raise ValueError(f"{self.name} has no {key}; it has {', '.join(uniform)}")
 
@@ -670,7 +671,8 @@ class Cell:
             name = folder_name(f"{kind}-{method.epochs}-epochs", replace(method, epochs=None), part, base, draft)
             fixed = None if "rewrite" in source else source["examples"]
             objective = functools.partial(self.distillation, target, fixed, method.divergence)
-            how = {"lr": method.lr or lr, "decay": method.decay, "epochs": method.epochs, **source, **made_of}
+            how = {"lr": method.lr or lr, "decay": method.decay, "epochs": method.epochs, "batch_size": method.batch}
+            how |= source | made_of
             return self.fit(name, base[1], functools.partial(self.load, base[0]), objective, **how)
 
         def trained(method, base, part):
@@ -713,7 +715,7 @@ class Cell:
 
     def matching(self, method: Method, epochs: int, rows: int) -> dict:
         """Batch size, epochs and bound on the steps of stage 2, see `Method`."""
-        batch_size = self.plan["batch_size"]
+        batch_size = method.batch or self.plan["batch_size"]
         if method.match == "steps":
             return {"epochs": epochs, "batch_size": batch_size}
         larger = round(batch_size / method.k)

@@ -38,7 +38,7 @@ from data import Example, batches, collate, write_file, writing
 __all__ = ["Batch", "Frozen", "Head", "NonFiniteError", "Stopped", "TokenCache", "gather_ragged", "setup", "train"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DECAYS = {"constant": lambda progress: 1.0, "linear": lambda progress: 1.0 - progress}  # of the learning rate
+DECAYS = {"constant": lambda progress: 1.0, "linear": lambda progress: 2 * (1 - progress)}  # of the learning rate: mean 1
 CHUNK = 256  # response tokens whose logits exist at one time
 
 
@@ -523,7 +523,7 @@ def train(
 ) -> dict:
     """Train `model` (float32 weights, in place) with AdamW; returns a summary (steps, tokens, loss, ...).
 
-    The learning rate is `lr`, as in the paper, or with `decay` "linear" goes from there to nothing over the stage.
+    The learning rate is `lr`, as in the paper, or with `decay` "linear" goes from twice that to nothing: its mean is `lr`.
     `batch_size` counts the rows of an optimiser step over all ranks, `micro_batch` those of one forward on one rank. `dtype`
     is the autocast type: float32, bfloat16, or float16 (with a GradScaler; steps it skips are counted). Matrices decay, biases
     and norms do not. With `checkpoints` the state is saved every `save_minutes` and when a signal asks to stop, and training
