@@ -819,7 +819,7 @@ def loss_step_calls(shape, dtype, device, k=0.4):
     def ours():
         states[2].grad = heads[2].weight.grad = None
         with amp:
-            loss, count = objective(states[2].flatten(0, 1).index_select(0, index), draft_head, None)
+            loss, count = objective(states[2].flatten(0, 1).index_select(0, index), draft_head, SimpleNamespace(progress=0))
         (loss / count).backward()
 
     return {"official": official, "ours": ours}, (states[2], heads[2].weight)

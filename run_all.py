@@ -484,6 +484,7 @@ class Cell:
         self.pair = Pair(args.target, args.draft) if pair_name == "custom" else PAIRS[pair_name]
         own = f"custom-{Path(args.target).name}-{Path(args.draft).name}" if pair_name == "custom" else pair_name
         self.folder = Path(args.out, own, task, f"seed{seed}")
+        self.target_seed = seed if args.target_seed is None else args.target_seed
         self.plan, self.dtype = recipe(task, pair_name, args), train.DTYPES[args.dtype]
         rows = {one: data.load_rows(one, "train", args.data_dir, args.limit) for one in task.split("+")}
         self.scratch = isinstance(self.pair.target, dict)
@@ -529,24 +530,27 @@ class Cell:
 
     def fit(
         self, name, init, make_model, objective, lr, epochs, examples,
-        batch_size=None, decay="constant", max_steps=None, rewrite=None, refresh=1, **made_of,
+        batch_size=None, decay="constant", max_steps=None, rewrite=None, refresh=1, seed=None, **made_of,
     ):  # fmt: skip
-        """The stage that trains make_model() on objective(); `init` and `made_of` stand for both in its fingerprint."""
-        args = self.args
-        hyper = {"lr": lr, "epochs": epochs, "batch_size": batch_size or self.plan["batch_size"], "seed": self.seed}
+        """The stage that trains make_model() on objective(); `init` and `made_of` stand for both in its fingerprint.
+
+        It lies in the folder of its `seed`, which is the cell's but for a target that all seeds have in common."""
+        args, seed = self.args, self.seed if seed is None else seed
+        folder = self.folder.with_name(f"seed{seed}") / name
+        hyper = {"lr": lr, "epochs": epochs, "batch_size": batch_size or self.plan["batch_size"], "seed": seed}
         hyper |= {"decay": decay}
         hyper |= {"dtype": args.dtype, "max_steps": min(filter(None, (args.max_steps, max_steps)), default=None)}
 
         def work(mark):
             model = make_model().to(self.device)
             how = {"vocab_size": len(self.tokenizer), "micro_batch": args.micro_batch, "name": f"{self.task} {name}"}
-            checkpoints = train.Checkpoints(checkpoint_folder(self.folder / name), mark)
+            checkpoints = train.Checkpoints(checkpoint_folder(folder), mark)
             how |= {"checkpoints": checkpoints, "save_minutes": args.save_minutes, "rewrite": rewrite, "refresh": refresh}
             return model, train.train(model, examples, objective(), **hyper, **how)
 
         settings = {"stage": name, "init": init, "data": data.digest(examples), **hyper, **made_of}
         self.sizes[settings["data"]] = len(examples)
-        return stage(self.folder / name, settings, self.tokenizer, work)
+        return stage(folder, settings, self.tokenizer, work)
 
     def load(self, path, dtype=torch.float32):
         # where there is no safetensors file, transformers reads the pickle by torch.load(weights_only=True)
@@ -647,9 +651,9 @@ class Cell:
             return [(name, identity(name)) for name in self.names]
         whole = [example._replace(prompt_length=0) for example in self.examples]  # loss on prompts too: a language model
         made = []
-        for role, sizes in (("target", self.pair.target), ("draft", self.pair.draft)):
-            make = functools.partial(scratch_model, sizes, self.tokenizer, self.seed)
-            made.append(self.fit(f"base-{role}", sizes, make, lambda: cross_entropy, **SCRATCH, examples=whole))
+        for role, sizes, seed in (("target", self.pair.target, self.target_seed), ("draft", self.pair.draft, self.seed)):
+            make, how = functools.partial(scratch_model, sizes, self.tokenizer, seed), SCRATCH | {"seed": seed}
+            made.append(self.fit(f"base-{role}", sizes, make, lambda: cross_entropy, **how, examples=whole))
         return made
 
     def run(self) -> list[dict]:
@@ -661,7 +665,8 @@ class Cell:
             path, mark = target
             target_lr = self.pair.target_lr if args.target_lr is None else args.target_lr
             start = functools.partial(self.load, path)
-            target = self.fit("target", mark, start, lambda: cross_entropy, target_lr, target_epochs, self.examples)
+            how = {"lr": target_lr, "epochs": target_epochs, "seed": self.target_seed}
+            target = self.fit("target", mark, start, lambda: cross_entropy, **how, examples=self.examples)
 
         @functools.cache  # reference and DistillSpec draft have one recipe, and are one model where all else is equal
         def distil(method, base, part):
@@ -1026,6 +1031,7 @@ def parse(argv=None):
     add("--split", type=one_of(["validation", "test"]), default="test", help="rows to evaluate on: choose on validation")
     add("--regime", type=one_of(["3-epoch", "optimal"]), default="3-epoch", help="the paper's epochs: 3-epoch or optimal")
     add("--seeds", type=numbers, default="0", help="comma-separated")
+    add("--target-seed", type=int, help="train one target, with this seed, for all --seeds; default: one for each")
     add("--data-dir", help="rows from <data-dir>/<task>/<split>.jsonl instead of the Hub")
     add("--models-dir", help="folder that holds the pretrained models by name")
     add("--out", default="runs", help="where stages and results go")
@@ -1050,7 +1056,7 @@ def parse(argv=None):
     parser.set_defaults(**PRESETS.get(parser.parse_known_args(argv)[0].preset, {}))
     args = parser.parse_args(argv)
     for flag, value in vars(args).items():
-        if type(value) is int and value < 1:
+        if type(value) is int and value < (0 if flag == "target_seed" else 1):
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
         if value == "":
             parser.error(f"--{flag.replace('_', '-')} is empty; leave it out or give it a value")

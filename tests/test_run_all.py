@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -185,6 +186,15 @@ def test_bad_arguments(argv, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_seeds_can_share_a_target(tmp_path):
+    few = "--preset tiny --limit 16 --eval-prompts 2 --timed-prompts 1 --max-new-tokens 8 --max-steps 2".split()
+    run_all.main([*few, "--seeds", "1,0", "--target-seed", "0", "--methods", "distillspec", "--out", str(tmp_path)])
+    cell = tmp_path / "tiny" / "arithmetic"
+    assert {path.parent.name for path in (cell / "seed1").glob("*/stage.json")} == {"base-draft", "distilled-3-epochs"}
+    made = [json.loads((cell / f"seed{seed}/distilled-3-epochs/stage.json").read_text())["settings"] for seed in (0, 1)]
+    assert made[0]["target"] == made[1]["target"] and made[0]["init"] != made[1]["init"]
+
+
 def test_errors_are_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "run_all.py"), "--tasks", "gsm8k", "--pairs", "tiny", "--data-dir", str(tmp_path)]
     done = subprocess.run([*command, "--out", str(tmp_path / "o")], capture_output=True, text=True, timeout=120)
@@ -213,10 +223,13 @@ def test_methods_are_read_and_named():
     assert (method.k, method.select, method.gap, method.epochs, method.divergence) == (0.2, "bottom", "tvd", 4, "fkl")
     assert str(method) == "AdaSPEC k=0.2 gap=tvd select=bottom epochs=4" and str(run_all.Method("distillspec")) == "DistillSpec"
     args = run_all.parse(["--methods", "distillspec,adaspec:k=0.4,adaspec:gap=rkl", "--gap", "tvd", "--k", "0.3"])
-    assert [str(m) for m in args.methods] == ["DistillSpec", "AdaSPEC k=0.3 gap=tvd", "AdaSPEC k=0.3 gap=rkl"]
-    assert [m.k for m in run_all.parse(["--ablation", "k"]).methods] == [n / 10 for n in range(1, 11)]
+    assert [str(m) for m in args.methods] == ["DistillSpec", "AdaSPEC gap=tvd", "AdaSPEC k=0.3 gap=rkl"]
+    assert [m.k for m in run_all.parse(["--ablation", "k", "--k", "0.3"]).methods] == [n / 10 for n in range(1, 11)]
     for name in run_all.ABLATIONS:
-        assert len(run_all.parse(["--ablation", name]).methods) >= 3
+        assert len(run_all.parse(["--ablation", name, "--tasks", "gsm8k+mbpp"]).methods) >= 3
+    (best,) = run_all.parse(["--methods", "best", "--divergence", "rkl"]).methods
+    assert str(best) == "best" and vars(best) == vars(run_all.Method("best")) | run_all.BEST
+    assert str(run_all.Method.parse("best:epochs=9")) == "best epochs=9"
 
 
 @pytest.mark.parametrize(
@@ -227,11 +240,18 @@ def test_methods_are_read_and_named():
         ("adaspec:k=0", "k must be in"),
         ("adaspec:k=x", "could not convert"),
         ("adaspec:select=best", "none of top, bottom, random"),
-        ("adaspec:divergence=kl", "none of fkl"),
+        ("adaspec:divergence=kl", "none of ce, fkl"),
         ("distillspec:k=0.2", "distillspec has no k"),
         ("adaspec:epochs=0", "epochs must be at least 1"),
         ("adaspec:lr=inf", "lr must be above 0"),
         ("adaspec,adaspec", "is there twice"),
+        ("adaspec:k_end=1.5", "k_end must be in"),
+        ("adaspec:reference=kl", "none of ce, fkl"),
+        ("distillspec:decay=cosine", "none of constant, linear"),
+        ("distillspec:batch=0", "batch and epochs must be at least 1"),
+        ("distillspec:k=0.4", "distillspec has no k"),
+        ("best:k=0.2", "best has no k"),
+        ("adaspec:rows=in-turn", "is for a mixed task"),
     ],
 )
 def test_bad_methods(method, words, capsys):
@@ -286,6 +306,70 @@ def test_selection_takes_top_bottom_or_any(make_model, tmp_path, tokenizer):
     torch.manual_seed(0)
     first = loss("random")
     assert first != loss("random")
+
+
+def test_the_fraction_kept_changes_as_training_goes_on(make_model, tokenizer):
+    import train
+
+    assert [run_all.fraction_kept(0.2, k_end, 0.25) for k_end in (None, 1.0)] == [0.2, pytest.approx(0.4)]
+    examples, _ = data.encode("arithmetic", data.load_rows("arithmetic", "train", limit=8), tokenizer, 128)
+    target, draft, kept = train.Frozen(make_model(seed=1), 400), make_model(seed=2), []
+    objective = run_all.selective_distillation(target, lambda batch: torch.zeros(len(batch.index)), 0.1, 0.9)
+
+    def watched(hidden, head, batch):
+        loss, count = objective(hidden, head, batch)
+        kept.append(count / len(hidden))
+        return loss, count
+
+    train.train(draft, examples, watched, vocab_size=400, lr=1e-3, epochs=4, batch_size=8)
+    assert kept == pytest.approx([0.1, 0.3, 0.5, 0.7], abs=0.01)
+
+
+def test_cross_entropy_as_gap_and_loss(make_model, tokenizer):
+    """Fine-tuning instead of distillation: the gap and the loss of the data's own tokens, by log_softmax."""
+    import train
+
+    examples, _ = data.encode("arithmetic", data.load_rows("arithmetic", "train", limit=8), tokenizer, 128)
+    target, draft = train.Frozen(make_model(seed=1), 400), make_model(seed=2)
+    batch = train.make_batch(examples, list(range(8)), torch.device("cpu"))
+    hidden, head = train.hidden_states(draft, batch).detach(), train.Head(draft, 400)
+    losses = -head(hidden).log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
+    loss, count = run_all.selective_distillation(
+        target, lambda batch: torch.zeros(len(losses)), 0.25, divergence="ce", gap="ce"
+    )(hidden, head, batch)
+    assert loss.item() == pytest.approx(losses.topk(count).values.sum().item(), rel=1e-5)
+    assert run_all.distillation(target, "ce")(hidden, head, batch)[0].item() == pytest.approx(losses.sum().item(), rel=1e-5)
+
+
+def test_mixed_tasks_together_and_in_turn(tmp_path):
+    """Each of the tasks is evaluated; in turn means that the second task's draft starts from the first's."""
+    few = "--limit 16 --eval-prompts 2 --timed-prompts 1 --max-new-tokens 8 --max-length 160 --epochs 1,1,1 --batch 8".split()
+    for task in ("gsm8k", "custom"):
+        write_rows(tmp_path, task)
+    few += ["--tasks", "gsm8k+custom", "--pairs", "tiny", "--data-dir", str(tmp_path), "--out", str(tmp_path / "runs")]
+    run_all.main([*few, "--ablation", "mixed"])
+    rows = json.loads((tmp_path / "runs" / "results.json").read_text())["rows"]
+    assert {row["task"] for row in rows} == {"gsm8k of gsm8k+custom", "custom of gsm8k+custom"}
+    cell = tmp_path / "runs" / "tiny" / "gsm8k+custom" / "seed0"
+    made = {path.parent.name: json.loads(path.read_text()) for path in cell.glob("*/stage.json")}
+    settings = {name: note["settings"] for name, note in made.items()}
+    first, then = "distilled-1-epochs-gsm8k", "distilled-1-epochs-custom-after-distilled-1-epochs-gsm8k"
+    assert settings[then]["init"] == made[first]["fingerprint"] != settings[first]["init"]
+    ours = "adaspec-custom-after-adaspec-gsm8k"
+    assert settings[ours]["init"] == made["adaspec-gsm8k"]["fingerprint"]
+    assert settings[ours]["reference"] == made["distilled-1-epochs-custom-after-adaspec-gsm8k"]["fingerprint"]
+    assert made[first]["summary"]["rows"] == 16 and made["distilled-1-epochs"]["summary"]["rows"] == 32
+    took = {row["draft"]: row for row in rows}
+    assert took["AdaSPEC rows=in-turn"]["rows"] == 64 and took["AdaSPEC rows=in-turn"]["target_forwards"] == 32
+    assert took["AdaSPEC rows=first"]["target_forwards"] == 16
+
+
+def test_foresight_of_the_gap_is_a_rank_correlation():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=1000)
+    assert run_all.rank_correlation(a, np.exp(a)) == pytest.approx(1) and run_all.rank_correlation(a, -a) == pytest.approx(-1)
+    b = 0.6 * a + 0.8 * rng.normal(size=1000)  # Pearson's 0.6 is Spearman's 0.582; four standard errors are 0.1
+    assert run_all.rank_correlation(a, b) == pytest.approx(0.582, abs=0.1)
 
 
 def test_the_papers_numbers_are_beside_ours():
