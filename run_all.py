@@ -15,6 +15,8 @@ import argparse
 import fcntl
 import functools
 import hashlib
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -42,11 +44,12 @@ import data
 import engines
 import report
 import train
-from adaspec import select_tokens
+from adaspec import select_tokens, token_kl
 from distillspec import DIVERGENCES
 from speculative import (
     Parser,
     Stats,
+    _inference,
     _Lane,
     autoregressive_generate,
     bootstrap_interval,
@@ -55,6 +58,7 @@ from speculative import (
     expected_acceptance,
     load_tokenizer,
     one_of,
+    simulate_rounds,
     speculative_generate,
 )
 
@@ -608,7 +612,7 @@ class Cell:
             drafts[label] = self.fit(name, draft_mark, student, objective, **made_of)
             stages[label] = [reference, drafts[label]]
         took = {label: self.took(made) for label, made in stages.items()}
-        rows = self.evaluation(target, drafts, took)
+        rows = self.evaluation(target, drafts, took, stages)
         if train.rank() == 0:
             say(serving(target[0], [*drafts.values()][-1][0], args.gamma, self.folder / "serve"))
             for kind in ("target", "reference"):
@@ -642,9 +646,9 @@ class Cell:
         size = train.TokenCache(self.folder, "", self.examples, width, self.dtype).bytes
         return size if size <= self.args.cache_gb * 2**30 else 0
 
-    def evaluation(self, target, drafts: dict, took: dict) -> list[dict]:
+    def evaluation(self, target, drafts: dict, took: dict, stages: dict) -> list[dict]:
         """The last stage: the drafts' rows of the table, from `evaluation.json` where nothing has changed."""
-        flags = ("gamma", "max_new_tokens", "max_length", "dtype", "eval_batch")
+        flags = ("gamma", "timed_gammas", "max_new_tokens", "max_length", "dtype", "eval_batch")
         protocol = {
             "pair": self.pair_name,
             "task": self.task,
@@ -666,19 +670,29 @@ class Cell:
         protocol |= {"ranks": train.world_size()}
         rows = train.agreed([protocol | row | took.get(row["draft"], {}) for row in rows])  # rank 0's have the timings
         if train.rank() == 0:
-            write(note, {"fingerprint": mark, "git": git_commit(), "seconds": round(time.time() - started), "rows": rows})
+            pictures = []
+            for method in [method for method in self.args.methods if method.name == "adaspec"][:1]:
+                reference = self.load(stages[str(method)][0][0], self.dtype)
+                few = asked, models["base"], reference, models[str(method)]
+                drawn = picture(*few, prompt_ids(self.test[0]), self.tokenizer, self.args, method.k)
+                pictures = [{key: protocol[key] for key in ("pair", "task", "seed", "split")} | {"draft": str(method)} | drawn]
+            made = {"fingerprint": mark, "git": git_commit(), "seconds": round(time.time() - started)}
+            write(note, made | {"rows": rows, "pictures": pictures})
         return rows
 
 
 # Evaluation
 
 
+GAMMAS = range(1, 11)  # what tau is simulated for
+
+
 def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: str) -> list[dict]:
     """Acceptance of every draft on held-out prompts at temperature 0 and 1, and the speed-up over the target alone.
 
-    Counts (alpha, tau) come from decoding all prompts in batches, which are dealt to the ranks; expected acceptance and
-    argmax agreement from one pass over the text that the target alone writes for the same prompts; the speed-up from decoding
-    the first `timed_prompts` one by one on rank 0, the target alone and each draft in turn for every prompt.
+    Counts (alpha, tau) come from decoding all prompts in batches, which are dealt to the ranks; expected acceptance, argmax
+    agreement and tau by gamma (simulated, exact) from one pass over the text that the target alone writes for the same prompts;
+    speed-ups and the cost ratio from decoding the first `timed_prompts` one by one on rank 0, see `timings`.
     """
     device, end = target.device, tokenizer.eos_token_id
     common = {"max_new_tokens": args.max_new_tokens, "eos_token_id": end, "vocab_size": len(tokenizer)}
@@ -688,7 +702,9 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
     total = 2 * (len(groups) + len(timed))
     bar = tqdm(total=total, desc=name, unit="batch", delay=2, disable=train.rank() != 0)
     for temperature in (0.0, 1.0):
-        found = {draft: ([], [], []) for draft in drafts}  # of this rank: Stats by prompt; overlap and agreement by token
+        found = {
+            draft: ([], [], [], [], []) for draft in drafts
+        }  # of this rank: Stats and lengths by prompt, the rest by token
         for number, group in enumerate(groups):
             train.check_stop()
             bar.update()
@@ -704,18 +720,25 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
                 exact = expected_acceptance(target, model, text, labels, temperature, vocab_size=len(tokenizer))
                 sampling["generator"].manual_seed(seed * 1_000_003 + number)  # a draft's numbers do not hang on the others
                 out = speculative_generate(target, model, ids, mask, gamma=args.gamma, **sampling)
-                for values, new in zip(found[draft], (out.row_stats, exact.overlap, exact.agree), strict=True):
+                lengths = [len(ids) - start for ids, start in written]
+                for values, new in zip(found[draft], (out.row_stats, lengths, *exact), strict=True):
                     values += new if isinstance(new, list) else new.tolist()
         parts = train.gather_objects(found)
-        speedups = timings(target, drafts, timed, temperature, args.gamma, seed, common, bar)
+        gammas = sorted({args.gamma, *args.timed_gammas})
+        speedups, costs = timings(target, drafts, timed, temperature, gammas, seed, common, bar)
         for draft in drafts:
-            by_prompt, overlap, agree = ([value for part in parts for value in part[draft][i]] for i in range(3))
+            by_prompt, lengths, overlap, agree, ratio = (
+                [value for part in parts for value in part[draft][i]] for i in range(5)
+            )
             stats = sum(by_prompt, Stats())
             interval = bootstrap_interval([s.accepted for s in by_prompt], [s.accepted + s.rejected for s in by_prompt])
             row = {"temperature": temperature, "draft": draft, "alpha": stats.alpha, "alpha_interval": interval}
             row |= {"tau": stats.tau, "expected_acceptance": sum(overlap) / len(overlap)}
-            row |= {"agreement": sum(agree) / len(agree), "speedup": speedups.get(draft), "counts": asdict(stats)}
-            rows.append(row)
+            by_gamma = {str(n): speedups.get((draft, n)) for n in gammas}  # keys as JSON has them
+            row |= {"agreement": sum(agree) / len(agree), "speedup": by_gamma[str(args.gamma)], "speedup_by_gamma": by_gamma}
+            simulated = (simulate_rounds(torch.tensor(ratio), lengths, n, args.max_new_tokens) for n in GAMMAS)
+            row |= {"tau_by_gamma": {str(n): each.tau for n, each in zip(GAMMAS, simulated, strict=True)}}
+            rows.append(row | {"cost_ratio": costs.get(draft), "counts": asdict(stats)})
     bar.close()
     return rows
 
@@ -739,26 +762,72 @@ def response(tokens, prompt, end: int) -> data.Example:
     return data.Example(torch.cat([prompt, tokens]).int().numpy(), len(prompt))
 
 
-def timings(target, drafts, prompts, temperature, gamma, seed, common, bar) -> dict:
-    """Each draft's speed-up over the target alone on rank 0 ({} elsewhere): tokens per second over tokens per second, the
-    median over prompts (other work on the machine spoils a sum)."""
+def timings(target, drafts, prompts, temperature, gammas, seed, common, bar) -> tuple[dict, dict]:
+    """(draft, gamma) -> its speed-up over the target alone, tokens per second over tokens per second; and draft -> its cost
+    ratio, seconds of a draft step over seconds of a target step. Both are medians over prompts (other work on the machine
+    spoils a sum), measured in turn on rank 0 ({} elsewhere)."""
     if train.rank() != 0:
-        return {}
-    alone, device = object(), target.device
-    rates = {draft: [] for draft in (alone, *drafts)}
+        return {}, {}
+    alone, device = (object(), 0), target.device
+    rates, costs = {turn: [] for turn in (alone, *itertools.product(drafts, gammas))}, []
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first one twice: its first run is the warm-up
         train.check_stop()
-        for draft, found in rates.items():
+        for (draft, gamma), found in rates.items():
             sampling = {"temperature": temperature, "generator": torch.Generator(device).manual_seed(seed + number), **common}
             start = clock(device)
-            if draft is alone:
-                sequences = autoregressive_generate(target, prompt, **sampling)
-            else:
+            if gamma:
                 sequences = speculative_generate(target, drafts[draft], prompt, gamma=gamma, **sampling).sequences
+            else:
+                sequences = autoregressive_generate(target, prompt, **sampling)
             if number:
                 found.append((sequences.shape[1] - prompt.shape[1]) / (clock(device) - start))
+        if number:
+            costs.append(step_seconds([target, *drafts.values()], prompt))
         bar.update(bool(number))
-    return {draft: statistics.median(a / b for a, b in zip(rates[draft], rates[alone], strict=True)) for draft in drafts}
+    speedups = {turn: statistics.median(a / b for a, b in zip(rates[turn], rates[alone], strict=True)) for turn in rates}
+    steps = zip(*costs, strict=True)
+    target_steps = next(steps)
+    ratios = [statistics.median(a / b for a, b in zip(own, target_steps, strict=True)) for own in steps]
+    return speedups, dict(zip(drafts, ratios, strict=True))
+
+
+def step_seconds(models, prompt, repeats: int = 5) -> list[float]:
+    """Seconds of a forward of one token after the prompt [1, T], of each model: the median of some, taken in turn."""
+    found, (_, length) = [[] for _ in models], prompt.shape
+    with _inference(*models):
+        lanes = [_Lane(model, prompt, None, model.config.vocab_size, length) for model in models]
+        for lane in lanes:
+            lane.forward(prompt)
+        for _ in range(repeats):
+            for lane, seconds in zip(lanes, found, strict=True):
+                start = clock(prompt.device)
+                lane.forward(prompt[:, -1:])
+                seconds.append(clock(prompt.device) - start)
+                lane.rollback([length])
+    return [statistics.median(seconds) for seconds in found]
+
+
+def picture(target, base, reference, draft, prompt, tokenizer, args, k: float) -> dict:
+    """A response as speculative decoding at temperature 0 writes it after `prompt` [T], token by token: where each came from
+    ("accepted": a draft; "corrected": the target's, after a rejection; "bonus": the target's, after drafts that were all
+    accepted), its gap KL(p || q_base) - KL(p || q_ref), which stage 2 starts from, and whether that is in the top k."""
+    origins, end, prompt = [], tokenizer.eos_token_id, prompt.to(target.device)[None]
+
+    def note(row, tokens, accepted):
+        usable = min(args.gamma, args.max_new_tokens - len(origins) - 1)
+        own = "corrected" if accepted < usable else "bonus"
+        origins.extend(["accepted"] * accepted + [own] * (len(tokens) - accepted))
+
+    how = {"max_new_tokens": args.max_new_tokens, "eos_token_id": end, "vocab_size": len(tokenizer), "on_tokens": note}
+    text = speculative_generate(target, draft, prompt, gamma=args.gamma, **how).sequences
+    length = prompt.shape[1]
+    with _inference(target, base, reference):
+        p, q, r = (model(text).logits[0, length - 1 : -1, : len(tokenizer)] for model in (target, base, reference))
+        gap = token_kl(p, q) - token_kl(p, r)
+        selected = select_tokens(gap, k)
+    tokens = [tokenizer.decode([token]) for token in text[0, length:].tolist()]
+    found = {"tokens": tokens, "origins": origins, "gap": gap.tolist(), "selected": selected.tolist()}
+    return {"gamma": args.gamma, "k": k, **found}
 
 
 def clock(device) -> float:
@@ -833,6 +902,7 @@ def parse(argv=None):
     add("--shard-target", action="store_true", help="spread the frozen target's layers over the ranks (FSDP)")
     add("--dtype", type=one_of(train.DTYPES), help="default bfloat16 on GPU, float32 on CPU")
     add("--gamma", type=int, default=5, help="tokens drafted a round")
+    add("--timed-gammas", type=numbers, default=(), help="comma-separated: measure the speed-up for these too")
     add("--max-new-tokens", type=int, default=128)
     add("--eval-prompts", type=int, default=200, help="test prompts that acceptance is counted on")
     add("--eval-batch", type=int, default=20)
@@ -851,6 +921,8 @@ def parse(argv=None):
             parser.error(f"--{flag.replace('_', '-')} must be finite and at least 0, got {getattr(args, flag)}")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0 or max(args.seeds) >= 2**32:
         parser.error(f"--seeds must be different numbers of at least 0 and below 2**32, got {','.join(map(str, args.seeds))}")
+    if min(args.timed_gammas, default=1) < 1:
+        parser.error(f"--timed-gammas must be at least 1, got {min(args.timed_gammas)}")
     if not 0 < args.k <= 1:
         parser.error(f"--k must be in (0, 1], got {args.k}")
     texts, usual = ABLATIONS[args.ablation] if args.ablation else args.methods.split(","), vars(Method("adaspec"))
@@ -965,7 +1037,8 @@ def write_results(args, started: float) -> Path:
     path, cells = Path(args.out, "results.json"), [read(note) for note in sorted(Path(args.out).rglob("evaluation.json"))]
     made_by = {"command": shlex.join(sys.argv), "seconds": round(time.time() - started), "git": git_commit(), **versions()}
     read(path)  # for the word it says where the one there is damaged
-    write(path, made_by | {"rows": [row for cell in cells for row in cell.get("rows", [])]})
+    found = {key: [each for cell in cells for each in cell.get(key, [])] for key in ("rows", "pictures")}
+    write(path, made_by | {"machine": report.machine()} | found)
     return path
 
 
@@ -988,6 +1061,9 @@ def main(argv=None) -> None:
                 for seed in args.seeds:
                     rows += Cell(pair, task, seed, args, device).run()
                     path = write_results(args, started) if train.rank() == 0 else None
+    if train.rank() == 0 and importlib.util.find_spec("matplotlib"):
+        results = read(path)
+        say(f"\nFigures: {report.figures(results['rows'], Path(args.out, 'figures'), results['pictures'])[0].parent}/")
     say(f"\n{report.table(rows)}\n{report.over_seeds(rows)}\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
     if dist.is_initialized():
         dist.barrier()
