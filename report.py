@@ -8,7 +8,6 @@ A study is a file of results/ with the key "study": rows of `run_all.py`, made s
 """
 
 import argparse
-import functools
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ import re
 import shlex
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -123,6 +123,10 @@ ONE = "split gamma max_new_tokens dtype regime".split()  # what all rows of a st
 TOOK = {"epochs": "passes", "steps": "steps", "loss_tokens": "loss-bearing tokens", "target_forwards": "target forwards"}
 
 
+KEY = """alpha: mean over tasks and seeds; gains: paired by task and seed, with the 95% interval over seeds (Student's t) where
+there are several; what training took: mean over cells, the reference's included."""
+
+
 def machine() -> str:
     """The machine that runs this, in words."""
     if torch.cuda.is_available():
@@ -152,7 +156,7 @@ def check_study(study: dict) -> None:
     for (pair, draft), found in cells.items():
         if (pair, baseline) not in cells:
             raise ValueError(f"{name}: no draft {baseline} of {pair} to compare with; --baseline is one of its drafts")
-        for temperature, task, seed in sorted({cell for (other, _), own in cells.items() if other == pair for cell in own}):
+        for temperature, task, seed in sorted(set().union(*cells.values())):
             if (count := found.count((temperature, task, seed))) != 1:
                 where = f"{draft} of {pair} has {count} rows for {task}, seed {seed}, temperature {temperature:g}"
                 raise ValueError(f"{name}: {where}; each draft needs one for every task and seed of the study")
@@ -231,24 +235,10 @@ def section(folder: Path) -> str:
     parts = []
     for *_, path, study in sorted(studies, key=lambda each: each[:2]):
         check_study(study)
-        commands = ["```bash", *study["commands"], "```"]
-        lines = [
-            f"### {study['title']}",
-            "",
-            study["note"],
-            "",
-            f"Protocol: {protocol(study)}",
-            "",
-            *compact(study),
-            "",
-            *commands,
-        ]
-        parts.append("\n".join([*lines, f"Rows: [`results/{path.name}`](results/{path.name})."]))
-    key = (
-        "alpha: mean over tasks and seeds; gains: paired by task and seed, with the 95% interval over seeds (Student's t) "
-        "where there are several; what training took: mean over cells, the reference's included."
-    )
-    return "\n\n".join([key, *parts]) if parts else "No study yet: `python report.py add` makes one of a run's results."
+        head = [f"### {study['title']}", study["note"], f"Protocol: {protocol(study)}"]
+        commands = "\n".join(["```bash", *study["commands"], "```"])
+        parts += [*head, "\n".join(compact(study)), commands, f"Rows: [`results/{path.name}`](results/{path.name})."]
+    return "\n\n".join([KEY, *parts] if parts else ["No study yet: `python report.py add` makes one of a run's results."])
 
 
 def inserted(text: str, content: str) -> str:
@@ -270,10 +260,7 @@ def smaller(value):
 
 def portable(command: str) -> str:
     """A command without the folders of the machine it ran on."""
-    words = [
-        re.sub(r"^(--[\w-]+=)?/.*", lambda found: (found[1] or "") + Path(found[0]).name, word) for word in shlex.split(command)
-    ]
-    return shlex.join(["python", *words])
+    return shlex.join(["python", *(re.sub("^(--[a-z-]+=)?/(.*/)?", r"\1", word.rstrip("/")) for word in shlex.split(command))])
 
 
 def load_results(path) -> dict:
@@ -347,8 +334,8 @@ def figures(rows: list[dict], folder, pictures=()) -> list[Path]:
         figure.savefig(made[-1], dpi=150)
 
     for pair in distinct(rows, "pair"):
-        for name, (draw, x, y, drawn) in FIGURES.items():
-            some = [row for row in rows if row["pair"] == pair and drawn(row)]
+        for name, (those, draw, x, y) in FIGURES.items():
+            some = those([row for row in rows if row["pair"] == pair])
             temperatures, drafts = distinct(some, "temperature"), list(dict.fromkeys(row["draft"] for row in some))
             styles = {
                 draft: {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "label": draft} for i, draft in enumerate(drafts)
@@ -396,12 +383,15 @@ def draw_alpha(panel, drafts, styles) -> None:
         draw_points(panel, xs, [estimate(by_task[tasks[j]]) for j in some], styles[draft])
 
 
-def draw_sweep(key, panel, drafts, styles) -> None:
-    """Alpha against a number of the draft's label; what is the same but for it is a line, as is, level, DistillSpec."""
+def draw_sweep(key, usual, panel, drafts, styles) -> None:
+    """Alpha against a number of the draft's label (AdaSPEC without one: the usual), and DistillSpec's, level."""
     lines = {}
     for draft, own in drafts.items():
-        value = re.search(f" {key}=([0-9.]+)", draft)
-        lines.setdefault(draft.replace(value[0], ""), []).append((float(value[1]), estimate(own)))
+        value = re.search(f" {key}=([0-9.]+)", draft) or ["", usual]
+        if draft == "DistillSpec":
+            panel.axhline(estimate(own)[0], color="#555555", linestyle="--", linewidth=1, label=draft)
+        elif value[1]:
+            lines.setdefault(draft.replace(value[0], ""), []).append((float(value[1]), estimate(own)))
     for style, (label, points) in zip(styles.values(), lines.items(), strict=False):
         xs, found = zip(*sorted(points), strict=True)
         draw_points(panel, xs, found, style | {"label": label}, linestyle="-")
@@ -463,28 +453,28 @@ def draw_picture(figure, record: dict, width: int = 100) -> None:
     panel.set_title(f"{what}{count} of {len(record['tokens'])} tokens are accepted drafts", fontsize=10)
 
 
-def is_plain(row: dict) -> bool:
-    return not SWEPT.search(row["draft"])
+def plain(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if not SWEPT.search(row["draft"])]
 
 
-ALPHA = "acceptance rate alpha"
-FIGURES = {  # name -> how to draw a panel, the axes' labels, and of which rows
-    "alpha": (draw_alpha, "task", ALPHA, is_plain),
-    "k": (functools.partial(draw_sweep, "k"), "k, the fraction of tokens kept", ALPHA, lambda row: " k=" in row["draft"]),
-    "epochs": (functools.partial(draw_sweep, "epochs"), "epochs of the draft", ALPHA, lambda row: " epochs=" in row["draft"]),
-    "tau": (
-        draw_tau,
-        "gamma, drafts a round",
-        "tau, tokens per target call",
-        lambda row: is_plain(row) and "tau_by_gamma" in row,
-    ),
-    "speedup": (
-        draw_speedup,
-        "gamma, drafts a round",
-        "speed-up over the target alone",
-        lambda row: is_plain(row) and row.get("cost_ratio"),
-    ),
-    "positions": (draw_positions, "position in the round's drafts", "accepted / judged", is_plain),
+def swept(key: str, rows: list[dict]) -> list[dict]:
+    """Those that differ in this number and, where there are any, what they are drawn beside."""
+    found = [row for row in rows if f" {key}=" in row["draft"]]
+    return found and found + [row for row in rows if row["draft"] in ("DistillSpec", "AdaSPEC")]
+
+
+def of_gamma(rows: list[dict]) -> list[dict]:
+    return [row for row in plain(rows) if "tau_by_gamma" in row and row["cost_ratio"]]
+
+
+ALPHA, GAMMA = "acceptance rate alpha", "gamma, tokens drafted a round"
+FIGURES = {  # name -> which rows, how a panel is drawn, its axes' labels
+    "alpha": (plain, draw_alpha, "task", ALPHA),
+    "k": (partial(swept, "k"), partial(draw_sweep, "k", 0.4), "k, the fraction of tokens kept", ALPHA),
+    "epochs": (partial(swept, "epochs"), partial(draw_sweep, "epochs", None), "epochs of the draft", ALPHA),
+    "tau": (of_gamma, draw_tau, GAMMA, "tau, tokens per target call"),
+    "speedup": (of_gamma, draw_speedup, GAMMA, "speed-up over the target alone"),
+    "positions": (plain, draw_positions, "position in the round's drafts", "accepted / judged"),
 }
 
 
