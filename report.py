@@ -9,6 +9,7 @@ A study is a file of results/ with the key "study": rows of `run_all.py`, made s
 
 import argparse
 import json
+import operator
 import os
 import platform
 import re
@@ -305,9 +306,9 @@ COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #B8A000".spli
 MARKERS = "osD^vPX*"
 SWEPT = re.compile(r" (k|epochs)=([\d.]+)")  # what of a draft's label is a figure's axis
 ORIGINS = {
-    "accepted": ("#BFE0F2", "draft, accepted"),
-    "corrected": ("#F6C98E", "the target's own, after a rejected draft"),
-    "bonus": ("#E4E4E4", "the target's own, after accepted drafts only"),
+    "accepted": ("#BFE0F2", "accepted draft"),
+    "corrected": ("#F6C98E", "target's, after a rejected draft"),
+    "bonus": ("#E4E4E4", "target's, after accepted drafts only"),
 }
 
 
@@ -395,6 +396,7 @@ def draw_sweep(key, usual, panel, drafts, styles) -> None:
     for style, (label, points) in zip(styles.values(), lines.items(), strict=False):
         xs, found = zip(*sorted(points), strict=True)
         draw_points(panel, xs, found, style | {"label": label}, linestyle="-")
+    panel.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
 
 
 def draw_tau(panel, drafts, styles) -> None:
@@ -409,11 +411,13 @@ def draw_tau(panel, drafts, styles) -> None:
 
 
 def draw_speedup(panel, drafts, styles) -> None:
-    """Measured, and tau / (gamma c + 1) of Leviathan et al. (2023), Theorem 3.8: scoring a block costs what a token does."""
+    """Measured, and tau / (gamma c + v) in units of a target step: c of a draft step, v of scoring gamma + 1 positions."""
     panel.axhline(1, color="#888888", linewidth=0.8)
     for draft, own in drafts.items():
         gammas, measured = [int(n) for n in own[0]["tau_by_gamma"]], [int(n) for n in own[0]["speedup_by_gamma"]]
-        predicted = [statistics.mean(r["tau_by_gamma"][str(n)] / (n * r["cost_ratio"] + 1) for r in own) for n in gammas]
+        costs = {n: [n * row["cost_ratio"] + row["scoring_ratio"][str(n)] for row in own] for n in gammas}
+        taus = {n: [row["tau_by_gamma"][str(n)] for row in own] for n in gammas}
+        predicted = [statistics.mean(map(operator.truediv, taus[n], costs[n])) for n in gammas]
         panel.plot(gammas, predicted, color=styles[draft]["color"], label=f"{draft}, predicted")
         found = [statistics.mean(row["speedup_by_gamma"][str(n)] for row in own) for n in measured]
         panel.plot(measured, found, **styles[draft] | {"label": f"{draft}, measured"}, linestyle="")
@@ -433,17 +437,20 @@ def draw_positions(panel, drafts, styles) -> None:
 def draw_picture(figure, record: dict, width: int = 100) -> None:
     """Tokens as boxes, coloured by origin, underlined where selected; `width` characters a line."""
     panel, x, y = figure.subplots(), 0.0, 0
+    underline = {"color": "black", "linewidth": 1.8, "solid_capstyle": "butt"}
+    for colour, label in ORIGINS.values():
+        panel.fill([], [], color=colour, label=label)
+    panel.plot([], [], label=f"selected by AdaSPEC's filter, k = {record['k']:g}", **underline)
     for text, origin, selected in zip(record["tokens"], record["origins"], record["selected"], strict=True):
-        shown = text.replace("\n", "\u21b5")
+        shown = "".join(c if c.isprintable() else "\u00b7" for c in text.replace("\n", "\u21b5"))
         size = len(shown) + 0.8
         if x + size > width:
             x, y = 0.0, y + 1
-        colour, label = ORIGINS[origin]
         ends = x, x + size - 0.25
-        panel.fill_between(ends, y + 0.1, y + 0.8, color=colour, linewidth=0, label=label)
+        panel.fill_between(ends, y + 0.1, y + 0.8, color=ORIGINS[origin][0], linewidth=0)
         panel.text(sum(ends) / 2, y + 0.45, shown, family="monospace", fontsize=9.5, ha="center", va="center", parse_math=False)
         if selected:
-            panel.plot(ends, [y + 0.87] * 2, color="black", linewidth=1.8, solid_capstyle="butt", label="selected")
+            panel.plot(ends, [y + 0.87] * 2, **underline)
         x, y = (0.0, y + 1) if "\n" in text else (x + size, y)
     figure.set_size_inches(10, 0.3 * (y + 1) + 0.9)
     panel.set(xlim=(0, width), ylim=(y + 1, 0))

@@ -738,7 +738,8 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
             row |= {"agreement": sum(agree) / len(agree), "speedup": by_gamma[str(args.gamma)], "speedup_by_gamma": by_gamma}
             simulated = (simulate_rounds(torch.tensor(ratio), lengths, n, args.max_new_tokens) for n in GAMMAS)
             row |= {"tau_by_gamma": {str(n): each.tau for n, each in zip(GAMMAS, simulated, strict=True)}}
-            rows.append(row | {"cost_ratio": costs.get(draft), "counts": asdict(stats)})
+            row |= {"cost_ratio": costs.get(draft), "scoring_ratio": {str(n): costs.get(n) for n in GAMMAS}}
+            rows.append(row | {"counts": asdict(stats)})
     bar.close()
     return rows
 
@@ -763,9 +764,9 @@ def response(tokens, prompt, end: int) -> data.Example:
 
 
 def timings(target, drafts, prompts, temperature, gammas, seed, common, bar) -> tuple[dict, dict]:
-    """(draft, gamma) -> its speed-up over the target alone, tokens per second over tokens per second; and draft -> its cost
-    ratio, seconds of a draft step over seconds of a target step. Both are medians over prompts (other work on the machine
-    spoils a sum), measured in turn on rank 0 ({} elsewhere)."""
+    """(draft, gamma) -> its speed-up over the target alone, tokens per second over tokens per second; and what a step of each
+    draft, and the target's scoring of gamma + 1 positions, cost in units of a target step: draft or gamma -> ratio of seconds.
+    Medians over prompts (other work on the machine spoils a sum), measured in turn on rank 0 ({} elsewhere)."""
     if train.rank() != 0:
         return {}, {}
     alone, device = (object(), 0), target.device
@@ -782,29 +783,30 @@ def timings(target, drafts, prompts, temperature, gammas, seed, common, bar) -> 
             if number:
                 found.append((sequences.shape[1] - prompt.shape[1]) / (clock(device) - start))
         if number:
-            costs.append(step_seconds([target, *drafts.values()], prompt))
+            costs.append(
+                step_seconds([(target, 1 + n) for n in (0, *GAMMAS)] + [(draft, 1) for draft in drafts.values()], prompt)
+            )
         bar.update(bool(number))
     speedups = {turn: statistics.median(a / b for a, b in zip(rates[turn], rates[alone], strict=True)) for turn in rates}
-    steps = zip(*costs, strict=True)
-    target_steps = next(steps)
-    ratios = [statistics.median(a / b for a, b in zip(own, target_steps, strict=True)) for own in steps]
-    return speedups, dict(zip(drafts, ratios, strict=True))
+    ratios = [statistics.median(seconds[i] / seconds[0] for seconds in costs) for i in range(1, len(costs[0]))]
+    return speedups, dict(zip((*GAMMAS, *drafts), ratios, strict=True))
 
 
-def step_seconds(models, prompt, repeats: int = 5) -> list[float]:
-    """Seconds of a forward of one token after the prompt [1, T], of each model: the median of some, taken in turn."""
-    found, (_, length) = [[] for _ in models], prompt.shape
-    with _inference(*models):
-        lanes = [_Lane(model, prompt, None, model.config.vocab_size, length) for model in models]
-        for lane in lanes:
-            lane.forward(prompt)
+def step_seconds(turns, prompt, repeats: int = 3) -> list[float]:
+    """Seconds of a forward of n tokens with about the prompt [1, T] in the cache, for each (model, n): the fastest of several,
+    taken in turn."""
+    found, length = [[] for _ in turns], max(1, prompt.shape[1] - len(GAMMAS))  # no position beyond those of decoding
+    with _inference(*(model for model, _ in turns)):
+        lanes = {model: _Lane(model, prompt, None, model.config.vocab_size, 0) for model, _ in turns}
+        for lane in lanes.values():
+            lane.forward(prompt[:, :length])
         for _ in range(repeats):
-            for lane, seconds in zip(lanes, found, strict=True):
+            for (model, n), seconds in zip(turns, found, strict=True):
                 start = clock(prompt.device)
-                lane.forward(prompt[:, -1:])
+                lanes[model].forward(prompt[:, :1].expand(1, n), keep=n)  # which tokens they are costs nothing
                 seconds.append(clock(prompt.device) - start)
-                lane.rollback([length])
-    return [statistics.median(seconds) for seconds in found]
+                lanes[model].rollback([length])
+    return [min(seconds) for seconds in found]
 
 
 def picture(target, base, reference, draft, prompt, tokenizer, args, k: float) -> dict:

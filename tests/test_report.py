@@ -25,7 +25,12 @@ def make_rows(alphas=ALPHAS, temperatures=(0.0, 1.0)):
     """Rows as run_all.py writes them; at temperature 1 every alpha is 0.1 more."""
     took = {"epochs": 3.0, "rows": 6000, "steps": 375, "loss_tokens": 1000, "target_forwards": 2000, "seconds": 1.5}
     counts = {"accepted": 60, "rejected": 40, "per_position": [[40, 20], [60, 40]]}
-    speeds = {"speedup": 1.2, "speedup_by_gamma": {"5": 1.2}, "cost_ratio": 0.25}
+    speeds = {
+        "speedup": 1.2,
+        "speedup_by_gamma": {"5": 1.2},
+        "cost_ratio": 0.25,
+        "scoring_ratio": {str(n): 1.1 for n in range(1, 11)},
+    }
     return [
         CELL | {"task": task, "seed": seed, "temperature": temperature, "draft": draft, "alpha": alpha + temperature / 10}
         | {"alpha_interval": [alpha - 0.01, alpha + 0.2], "tau": 2.4, "counts": counts, **speeds}
@@ -198,6 +203,7 @@ def test_tau_by_gamma_is_that_of_decoding(pair, examples, tokenizer, args):
     assert sampled["tau_by_gamma"]["4"] == pytest.approx(sampled["tau"], rel=0.25)
     assert list(greedy["speedup_by_gamma"]) == ["2", "4"] and greedy["speedup_by_gamma"]["4"] == greedy["speedup"] > 0
     assert 0.2 < greedy["cost_ratio"] < 5, "one size, about one cost"
+    assert list(greedy["scoring_ratio"]) == list(greedy["tau_by_gamma"]) and min(greedy["scoring_ratio"].values()) > 0.2
 
 
 def test_the_picture_is_what_decoding_did(pair, make_model, examples, tokenizer, args):
