@@ -330,7 +330,8 @@ def figures(rows: list[dict], folder, pictures=()) -> list[Path]:
         for panel in figure.axes:
             for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
                 labels.setdefault(label, handle)
-        figure.legend(labels.values(), labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        columns = max(1, min(4, 130 // (8 + max(map(len, labels)))))  # as many as there is room for
+        figure.legend(labels.values(), labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         made.append(Path(folder, f"{name}.png"))
         figure.savefig(made[-1], dpi=150)
 
@@ -339,7 +340,8 @@ def figures(rows: list[dict], folder, pictures=()) -> list[Path]:
             some = those([row for row in rows if row["pair"] == pair])
             temperatures, drafts = distinct(some, "temperature"), list(dict.fromkeys(row["draft"] for row in some))
             styles = {
-                draft: {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "label": draft} for i, draft in enumerate(drafts)
+                draft: {"color": COLOURS[i % 8], "marker": MARKERS[(i + i // 8) % 8], "label": draft}
+                for i, draft in enumerate(drafts)
             }
             figure = Figure(figsize=(9, 4), layout="constrained")
             for i, temperature in enumerate(temperatures):
@@ -375,7 +377,7 @@ def draw_points(panel, xs, found, style, **line) -> None:
 
 def draw_alpha(panel, drafts, styles) -> None:
     tasks = distinct([row for own in drafts.values() for row in own], "task")
-    panel.set_xticks(range(len(tasks)), tasks)
+    panel.set_xticks(range(len(tasks)), tasks, fontsize=8)
     panel.set_xlim(-0.6, len(tasks) - 0.4)
     for i, (draft, own) in enumerate(drafts.items()):
         by_task = {task: [row for row in own if row["task"] == task] for task in tasks}
@@ -384,14 +386,14 @@ def draw_alpha(panel, drafts, styles) -> None:
         draw_points(panel, xs, [estimate(by_task[tasks[j]]) for j in some], styles[draft])
 
 
-def draw_sweep(key, usual, panel, drafts, styles) -> None:
-    """Alpha against a number of the draft's label (AdaSPEC without one: the usual), and DistillSpec's, level."""
+def draw_sweep(key, panel, drafts, styles) -> None:
+    """Alpha against a number of the draft's label (AdaSPEC without a k: the usual one), and DistillSpec's, level."""
     lines = {}
     for draft, own in drafts.items():
-        value = re.search(f" {key}=([0-9.]+)", draft) or ["", usual]
+        value = re.search(f" {key}=([0-9.]+)", draft) or ["", 0.4]
         if draft == "DistillSpec":
             panel.axhline(estimate(own)[0], color="#555555", linestyle="--", linewidth=1, label=draft)
-        elif value[1]:
+        else:
             lines.setdefault(draft.replace(value[0], ""), []).append((float(value[1]), estimate(own)))
     for style, (label, points) in zip(styles.values(), lines.items(), strict=False):
         xs, found = zip(*sorted(points), strict=True)
@@ -400,27 +402,38 @@ def draw_sweep(key, usual, panel, drafts, styles) -> None:
 
 
 def draw_tau(panel, drafts, styles) -> None:
+    legend(panel, "simulated (exact)", "i.i.d. formula")
     for draft, own in drafts.items():
         colour, gammas = styles[draft]["color"], [int(n) for n in own[0]["tau_by_gamma"]]
         counts = [Stats(accepted=row["counts"]["accepted"], rejected=row["counts"]["rejected"]) for row in own]
-        simulated = [statistics.mean(row["tau_by_gamma"][str(n)] for row in own) for n in gammas]
-        panel.plot(gammas, simulated, color=colour, label=f"{draft}, simulated")
+        panel.plot(gammas, [statistics.mean(row["tau_by_gamma"][str(n)] for row in own) for n in gammas], color=colour)
         formula = [statistics.mean(each.predicted_tau(n) for each in counts) for n in gammas]
-        panel.plot(gammas, formula, color=colour, linestyle=":", label=f"{draft}, i.i.d. formula")
-        panel.plot(own[0]["gamma"], mean_of("tau", own), **styles[draft] | {"label": f"{draft}, measured"}, linestyle="")
+        panel.plot(gammas, formula, color=colour, linestyle=":")
+        panel.plot(own[0]["gamma"], mean_of("tau", own), **measured(styles[draft]))
 
 
 def draw_speedup(panel, drafts, styles) -> None:
     """Measured, and tau / (gamma c + v) in units of a target step: c of a draft step, v of scoring gamma + 1 positions."""
     panel.axhline(1, color="#888888", linewidth=0.8)
+    legend(panel, "predicted by the cost model")
     for draft, own in drafts.items():
-        gammas, measured = [int(n) for n in own[0]["tau_by_gamma"]], [int(n) for n in own[0]["speedup_by_gamma"]]
+        gammas, timed = [int(n) for n in own[0]["tau_by_gamma"]], [int(n) for n in own[0]["speedup_by_gamma"]]
         costs = {n: [n * row["cost_ratio"] + row["scoring_ratio"][str(n)] for row in own] for n in gammas}
         taus = {n: [row["tau_by_gamma"][str(n)] for row in own] for n in gammas}
         predicted = [statistics.mean(map(operator.truediv, taus[n], costs[n])) for n in gammas]
-        panel.plot(gammas, predicted, color=styles[draft]["color"], label=f"{draft}, predicted")
-        found = [statistics.mean(row["speedup_by_gamma"][str(n)] for row in own) for n in measured]
-        panel.plot(measured, found, **styles[draft] | {"label": f"{draft}, measured"}, linestyle="")
+        panel.plot(gammas, predicted, color=styles[draft]["color"])
+        found = [statistics.mean(row["speedup_by_gamma"][str(n)] for row in own) for n in timed]
+        panel.plot(timed, found, **measured(styles[draft]))
+
+
+def legend(panel, *lines: str) -> None:
+    """Say once for all drafts what the solid line and the dotted one are."""
+    for label, style in zip(lines, "-:", strict=False):
+        panel.plot([], [], color="#555555", linestyle=style, label=label)
+
+
+def measured(style: dict) -> dict:
+    return style | {"label": f"{style['label']}, measured", "linestyle": ""}
 
 
 def draw_positions(panel, drafts, styles) -> None:
@@ -465,9 +478,10 @@ def plain(rows: list[dict]) -> list[dict]:
 
 
 def swept(key: str, rows: list[dict]) -> list[dict]:
-    """Those that differ in this number and, where there are any, what they are drawn beside."""
+    """Those whose label has this number and, where there are any with a k, what they are drawn beside."""
     found = [row for row in rows if f" {key}=" in row["draft"]]
-    return found and found + [row for row in rows if row["draft"] in ("DistillSpec", "AdaSPEC")]
+    beside = ("DistillSpec", "AdaSPEC") if found and key == "k" else ()
+    return found + [row for row in rows if row["draft"] in beside]
 
 
 def of_gamma(rows: list[dict]) -> list[dict]:
@@ -477,8 +491,8 @@ def of_gamma(rows: list[dict]) -> list[dict]:
 ALPHA, GAMMA = "acceptance rate alpha", "gamma, tokens drafted a round"
 FIGURES = {  # name -> which rows, how a panel is drawn, its axes' labels
     "alpha": (plain, draw_alpha, "task", ALPHA),
-    "k": (partial(swept, "k"), partial(draw_sweep, "k", 0.4), "k, the fraction of tokens kept", ALPHA),
-    "epochs": (partial(swept, "epochs"), partial(draw_sweep, "epochs", None), "epochs of the draft", ALPHA),
+    "k": (partial(swept, "k"), partial(draw_sweep, "k"), "k, the fraction of tokens kept", ALPHA),
+    "epochs": (partial(swept, "epochs"), partial(draw_sweep, "epochs"), "epochs of the draft", ALPHA),
     "tau": (of_gamma, draw_tau, GAMMA, "tau, tokens per target call"),
     "speedup": (of_gamma, draw_speedup, GAMMA, "speed-up over the target alone"),
     "positions": (plain, draw_positions, "position in the round's drafts", "accepted / judged"),

@@ -702,9 +702,7 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
     total = 2 * (len(groups) + len(timed))
     bar = tqdm(total=total, desc=name, unit="batch", delay=2, disable=train.rank() != 0)
     for temperature in (0.0, 1.0):
-        found = {
-            draft: ([], [], [], [], []) for draft in drafts
-        }  # of this rank: Stats and lengths by prompt, the rest by token
+        found = {draft: ([], [], [], [], []) for draft in drafts}  # of this rank: Stats, lengths by prompt; the rest by token
         for number, group in enumerate(groups):
             train.check_stop()
             bar.update()
@@ -720,16 +718,15 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
                 exact = expected_acceptance(target, model, text, labels, temperature, vocab_size=len(tokenizer))
                 sampling["generator"].manual_seed(seed * 1_000_003 + number)  # a draft's numbers do not hang on the others
                 out = speculative_generate(target, model, ids, mask, gamma=args.gamma, **sampling)
-                lengths = [len(ids) - start for ids, start in written]
+                lengths = [len(example.input_ids) - example.prompt_length for example in written]
                 for values, new in zip(found[draft], (out.row_stats, lengths, *exact), strict=True):
                     values += new if isinstance(new, list) else new.tolist()
         parts = train.gather_objects(found)
         gammas = sorted({args.gamma, *args.timed_gammas})
         speedups, costs = timings(target, drafts, timed, temperature, gammas, seed, common, bar)
         for draft in drafts:
-            by_prompt, lengths, overlap, agree, ratio = (
-                [value for part in parts for value in part[draft][i]] for i in range(5)
-            )
+            every = ([value for part in parts for value in part[draft][i]] for i in range(5))
+            by_prompt, lengths, overlap, agree, ratio = every
             stats = sum(by_prompt, Stats())
             interval = bootstrap_interval([s.accepted for s in by_prompt], [s.accepted + s.rejected for s in by_prompt])
             row = {"temperature": temperature, "draft": draft, "alpha": stats.alpha, "alpha_interval": interval}
@@ -1063,10 +1060,11 @@ def main(argv=None) -> None:
                 for seed in args.seeds:
                     rows += Cell(pair, task, seed, args, device).run()
                     path = write_results(args, started) if train.rank() == 0 else None
-    if train.rank() == 0 and importlib.util.find_spec("matplotlib"):
-        results = read(path)
-        say(f"\nFigures: {report.figures(results['rows'], Path(args.out, 'figures'), results['pictures'])[0].parent}/")
     say(f"\n{report.table(rows)}\n{report.over_seeds(rows)}\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
+    if train.rank() == 0 and importlib.util.find_spec("matplotlib"):
+        results, folder = read(path), Path(args.out, "figures")
+        report.figures(results["rows"], folder, results["pictures"])
+        say(f"Figures: {folder}/")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
