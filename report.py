@@ -402,7 +402,7 @@ def draw_sweep(key, panel, drafts, styles) -> None:
 
 
 def draw_tau(panel, drafts, styles) -> None:
-    legend(panel, "simulated (exact)", "i.i.d. formula")
+    legend(panel, "simulated", "i.i.d. formula")
     for draft, own in drafts.items():
         colour, gammas = styles[draft]["color"], [int(n) for n in own[0]["tau_by_gamma"]]
         counts = [Stats(accepted=row["counts"]["accepted"], rejected=row["counts"]["rejected"]) for row in own]
@@ -413,9 +413,10 @@ def draw_tau(panel, drafts, styles) -> None:
 
 
 def draw_speedup(panel, drafts, styles) -> None:
-    """Measured, and tau / (gamma c + v) in units of a target step: c of a draft step, v of scoring gamma + 1 positions."""
+    """Measured, and predicted by costs in units of a target step: c of a draft step, v of scoring gamma + 1 positions; the
+    loop's own time is not in it."""
     panel.axhline(1, color="#888888", linewidth=0.8)
-    legend(panel, "predicted by the cost model")
+    legend(panel, "predicted: tau / (gamma c + v)")
     for draft, own in drafts.items():
         gammas, timed = [int(n) for n in own[0]["tau_by_gamma"]], [int(n) for n in own[0]["speedup_by_gamma"]]
         costs = {n: [n * row["cost_ratio"] + row["scoring_ratio"][str(n)] for row in own] for n in gammas}
