@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from collections import Counter
 
 import pytest
@@ -229,3 +230,9 @@ def test_bad_gammas(flags, capsys):
     with pytest.raises(SystemExit) as ended:
         run_all.parse(flags)
     assert ended.value.code == 2 and "--timed-gammas" in capsys.readouterr().err
+
+
+def test_figures_ask_for_matplotlib(project, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert report.main(["figures", str(project / "run.json"), str(project / "figures")], project) == 2
+    assert capsys.readouterr().err == "report.py: error: figures need matplotlib: pip install matplotlib\n"
