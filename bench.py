@@ -1049,7 +1049,8 @@ def difference(ours: Path, theirs: Path) -> str | None:
         if path.read_bytes() != models[1][name].read_bytes():
             return str(name)
     results = [json.loads(Path(out, "results.json").read_text()) for out in (ours, theirs)]
-    rows = [[row | {"speedup": None, "seconds": None} for row in result["rows"]] for result in results]
+    times = dict.fromkeys(("speedup", "speedup_by_gamma", "cost_ratio", "scoring_ratio", "seconds"))
+    rows = [[row | times for row in result["rows"]] for result in results]
     return None if rows[0] == rows[1] else "results.json"
 
 

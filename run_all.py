@@ -15,6 +15,8 @@ import argparse
 import fcntl
 import functools
 import hashlib
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -40,12 +42,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 
 import data
 import engines
+import report
 import train
-from adaspec import select_tokens
+from adaspec import select_tokens, token_kl
 from distillspec import DIVERGENCES
 from speculative import (
     Parser,
     Stats,
+    _inference,
     _Lane,
     autoregressive_generate,
     bootstrap_interval,
@@ -54,6 +58,7 @@ from speculative import (
     expected_acceptance,
     load_tokenizer,
     one_of,
+    simulate_rounds,
     speculative_generate,
 )
 
@@ -111,14 +116,6 @@ PRESETS = {
 }
 
 
-# The paper's Table 1, alpha in percent of DistillSpec and AdaSPEC: 3-epoch pythia and codegen, then optimal pythia and codegen
-PAPER_ALPHA = {
-    "gsm8k": ((57.58, 62.63), (79.49, 82.79), (66.19, 68.28), (81.49, 83.48)),
-    "alpaca": ((44.34, 47.25), (56.48, 58.80), (65.41, 65.79), (58.05, 60.36)),
-    "mbpp": ((46.88, 47.73), (87.36, 88.76), (49.88, 65.12), (86.60, 87.70)),
-    "cnn_dailymail": ((73.05, 74.22), (79.33, 80.63), (80.15, 80.89), (85.01, 86.29)),
-    "xsum": ((47.24, 49.11), (58.88, 59.93), (56.11, 57.80), (66.78, 68.19)),
-}
 LOSSES = ("ce", *DIVERGENCES)  # ce: cross-entropy of the data's own tokens, fine-tuning instead of distillation
 SELECTIONS = ("top", "bottom", "random")
 MATCHES = ("steps", "epochs", "tokens")
@@ -747,7 +744,7 @@ class Cell:
 
     def evaluation(self, target, drafts: dict, stages: dict, took: dict) -> list[dict]:
         """The last stage: the drafts' rows of the table, from `evaluation.json` where nothing has changed."""
-        flags = ("split", "regime", "gamma", "max_new_tokens", "max_length", "dtype", "eval_batch")
+        flags = ("split", "regime", "gamma", "timed_gammas", "max_new_tokens", "max_length", "dtype", "eval_batch")
         protocol = {"pair": self.pair_name, "seed": self.seed, "train_rows": len(self.examples)}
         protocol |= {flag: getattr(self.args, flag) for flag in flags} | {"device": self.device.type} | versions()
         marks = {"target": target[1], **{name: mark for name, (_, mark) in drafts.items()}}
@@ -757,16 +754,22 @@ class Cell:
         if saved.get("fingerprint") == mark:
             return saved["rows"]
         models = {name: self.load(path, self.dtype) for name, (path, _) in drafts.items()}
-        asked, started, rows = self.load(target[0], self.dtype), time.time(), []
+        asked, started, rows, pictures = self.load(target[0], self.dtype), time.time(), [], []
+        drawn = next((method for method in self.args.methods if method.name == "adaspec"), None)
         for one, test in self.test.items():
             where = {"task": one if one == self.task else f"{one} of {self.task}", "prompts": len(test)}
             where |= protocol | {"timed_prompts": min(self.args.timed_prompts, len(test)), "ranks": train.world_size()}
             found = evaluate(asked, models, test, self.tokenizer, self.args, self.seed, f"{one} evaluation")
             foresight = self.foresight(target, drafts, stages, test)
             rows += [where | row | took.get(row["draft"], {}) | foresight.get(row["draft"], {}) for row in found]
+            if drawn and train.rank() == 0:
+                few = models["base"], self.load(stages[str(drawn)][0][0], self.dtype), models[str(drawn)]
+                made = picture(asked, *few, prompt_ids(test[0]), self.tokenizer, self.args, drawn.k)
+                pictures.append({key: where[key] for key in ("pair", "task", "seed", "split")} | {"draft": str(drawn)} | made)
         rows = train.agreed(rows)  # rank 0's have the timings
         if train.rank() == 0:
-            write(note, {"fingerprint": mark, "git": git_commit(), "seconds": round(time.time() - started), "rows": rows})
+            made = {"fingerprint": mark, "git": git_commit(), "seconds": round(time.time() - started)}
+            write(note, made | {"rows": rows, "pictures": pictures})
         return rows
 
     def foresight(self, target, drafts: dict, stages: dict, examples) -> dict:
@@ -798,12 +801,15 @@ class Cell:
 # Evaluation
 
 
+GAMMAS = range(1, 11)  # what tau is simulated for
+
+
 def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: str) -> list[dict]:
     """Acceptance of every draft on held-out prompts at temperature 0 and 1, and the speed-up over the target alone.
 
-    Counts (alpha, tau) come from decoding all prompts in batches, which are dealt to the ranks; expected acceptance and
-    argmax agreement from one pass over the text that the target alone writes for the same prompts; the speed-up from decoding
-    the first `timed_prompts` one by one on rank 0, the target alone and each draft in turn for every prompt.
+    Counts (alpha, tau) come from decoding all prompts in batches, which are dealt to the ranks; expected acceptance, argmax
+    agreement and tau by gamma (simulated, exact) from one pass over the text that the target alone writes for the same prompts;
+    speed-ups and the cost ratio from decoding the first `timed_prompts` one by one on rank 0, see `timings`.
     """
     device, end = target.device, tokenizer.eos_token_id
     common = {"max_new_tokens": args.max_new_tokens, "eos_token_id": end, "vocab_size": len(tokenizer)}
@@ -813,7 +819,7 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
     total = 2 * (len(groups) + len(timed))
     bar = tqdm(total=total, desc=name, unit="batch", delay=2, disable=train.rank() != 0)
     for temperature in (0.0, 1.0):
-        found = {draft: ([], [], []) for draft in drafts}  # of this rank: Stats by prompt; overlap and agreement by token
+        found = {draft: ([], [], [], [], []) for draft in drafts}  # of this rank: Stats, lengths by prompt; the rest by token
         for number, group in enumerate(groups):
             train.check_stop()
             bar.update()
@@ -829,18 +835,25 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
                 exact = expected_acceptance(target, model, text, labels, temperature, vocab_size=len(tokenizer))
                 sampling["generator"].manual_seed(seed * 1_000_003 + number)  # a draft's numbers do not hang on the others
                 out = speculative_generate(target, model, ids, mask, gamma=args.gamma, **sampling)
-                for values, new in zip(found[draft], (out.row_stats, exact.overlap, exact.agree), strict=True):
+                lengths = [len(example.input_ids) - example.prompt_length for example in written]
+                for values, new in zip(found[draft], (out.row_stats, lengths, *exact), strict=True):
                     values += new if isinstance(new, list) else new.tolist()
         parts = train.gather_objects(found)
-        speedups = timings(target, drafts, timed, temperature, args.gamma, seed, common, bar)
+        gammas = sorted({args.gamma, *args.timed_gammas})
+        speedups, costs = timings(target, drafts, timed, temperature, gammas, seed, common, bar)
         for draft in drafts:
-            by_prompt, overlap, agree = ([value for part in parts for value in part[draft][i]] for i in range(3))
+            every = ([value for part in parts for value in part[draft][i]] for i in range(5))
+            by_prompt, lengths, overlap, agree, ratio = every
             stats = sum(by_prompt, Stats())
             interval = bootstrap_interval([s.accepted for s in by_prompt], [s.accepted + s.rejected for s in by_prompt])
             row = {"temperature": temperature, "draft": draft, "alpha": stats.alpha, "alpha_interval": interval}
             row |= {"tau": stats.tau, "expected_acceptance": sum(overlap) / len(overlap)}
-            row |= {"agreement": sum(agree) / len(agree), "speedup": speedups.get(draft), "counts": asdict(stats)}
-            rows.append(row)
+            by_gamma = {str(n): speedups.get((draft, n)) for n in gammas}  # keys as JSON has them
+            row |= {"agreement": sum(agree) / len(agree), "speedup": by_gamma[str(args.gamma)], "speedup_by_gamma": by_gamma}
+            simulated = (simulate_rounds(torch.tensor(ratio), lengths, n, args.max_new_tokens) for n in GAMMAS)
+            row |= {"tau_by_gamma": {str(n): each.tau for n, each in zip(GAMMAS, simulated, strict=True)}}
+            row |= {"cost_ratio": costs.get(draft), "scoring_ratio": {str(n): costs.get(n) for n in GAMMAS}}
+            rows.append(row | {"counts": asdict(stats)})
     bar.close()
     return rows
 
@@ -864,26 +877,73 @@ def response(tokens, prompt, end: int) -> data.Example:
     return data.Example(torch.cat([prompt, tokens]).int().numpy(), len(prompt))
 
 
-def timings(target, drafts, prompts, temperature, gamma, seed, common, bar) -> dict:
-    """Each draft's speed-up over the target alone on rank 0 ({} elsewhere): tokens per second over tokens per second, the
-    median over prompts (other work on the machine spoils a sum)."""
+def timings(target, drafts, prompts, temperature, gammas, seed, common, bar) -> tuple[dict, dict]:
+    """(draft, gamma) -> its speed-up over the target alone, tokens per second over tokens per second; and what a step of each
+    draft, and the target's scoring of gamma + 1 positions, cost in units of a target step: draft or gamma -> ratio of seconds.
+    Medians over prompts (other work on the machine spoils a sum), measured in turn on rank 0 ({} elsewhere)."""
     if train.rank() != 0:
-        return {}
-    alone, device = object(), target.device
-    rates = {draft: [] for draft in (alone, *drafts)}
+        return {}, {}
+    alone, device = (object(), 0), target.device
+    rates, costs = {turn: [] for turn in (alone, *itertools.product(drafts, gammas))}, []
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first one twice: its first run is the warm-up
         train.check_stop()
-        for draft, found in rates.items():
+        for (draft, gamma), found in rates.items():
             sampling = {"temperature": temperature, "generator": torch.Generator(device).manual_seed(seed + number), **common}
             start = clock(device)
-            if draft is alone:
-                sequences = autoregressive_generate(target, prompt, **sampling)
-            else:
+            if gamma:
                 sequences = speculative_generate(target, drafts[draft], prompt, gamma=gamma, **sampling).sequences
+            else:
+                sequences = autoregressive_generate(target, prompt, **sampling)
             if number:
                 found.append((sequences.shape[1] - prompt.shape[1]) / (clock(device) - start))
+        if number:
+            costs.append(
+                step_seconds([(target, 1 + n) for n in (0, *GAMMAS)] + [(draft, 1) for draft in drafts.values()], prompt)
+            )
         bar.update(bool(number))
-    return {draft: statistics.median(a / b for a, b in zip(rates[draft], rates[alone], strict=True)) for draft in drafts}
+    speedups = {turn: statistics.median(a / b for a, b in zip(rates[turn], rates[alone], strict=True)) for turn in rates}
+    ratios = [statistics.median(seconds[i] / seconds[0] for seconds in costs) for i in range(1, len(costs[0]))]
+    return speedups, dict(zip((*GAMMAS, *drafts), ratios, strict=True))
+
+
+def step_seconds(turns, prompt, repeats: int = 3) -> list[float]:
+    """Seconds of a forward of n tokens with about the prompt [1, T] in the cache, for each (model, n): the fastest of several,
+    taken in turn."""
+    found, length = [[] for _ in turns], max(1, prompt.shape[1] - len(GAMMAS))  # no position beyond those of decoding
+    with _inference(*(model for model, _ in turns)):
+        lanes = {model: _Lane(model, prompt, None, model.config.vocab_size, 0) for model, _ in turns}
+        for lane in lanes.values():
+            lane.forward(prompt[:, :length])
+        for _ in range(repeats):
+            for (model, n), seconds in zip(turns, found, strict=True):
+                start = clock(prompt.device)
+                lanes[model].forward(prompt[:, :1].expand(1, n), keep=n)  # which tokens they are costs nothing
+                seconds.append(clock(prompt.device) - start)
+                lanes[model].rollback([length])
+    return [min(seconds) for seconds in found]
+
+
+def picture(target, base, reference, draft, prompt, tokenizer, args, k: float) -> dict:
+    """A response as speculative decoding at temperature 0 writes it after `prompt` [T], token by token: where each came from
+    ("accepted": a draft; "corrected": the target's, after a rejection; "bonus": the target's, after drafts that were all
+    accepted), its gap KL(p || q_base) - KL(p || q_ref), which stage 2 starts from, and whether that is in the top k."""
+    origins, end, prompt = [], tokenizer.eos_token_id, prompt.to(target.device)[None]
+
+    def note(row, tokens, accepted):
+        usable = min(args.gamma, args.max_new_tokens - len(origins) - 1)
+        own = "corrected" if accepted < usable else "bonus"
+        origins.extend(["accepted"] * accepted + [own] * (len(tokens) - accepted))
+
+    how = {"max_new_tokens": args.max_new_tokens, "eos_token_id": end, "vocab_size": len(tokenizer), "on_tokens": note}
+    text = speculative_generate(target, draft, prompt, gamma=args.gamma, **how).sequences
+    length = prompt.shape[1]
+    with _inference(target, base, reference):
+        p, q, r = (model(text).logits[0, length - 1 : -1, : len(tokenizer)] for model in (target, base, reference))
+        gap = token_kl(p, q) - token_kl(p, r)
+        selected = select_tokens(gap, k)
+    tokens = [tokenizer.decode([token]) for token in text[0, length:].tolist()]
+    found = {"tokens": tokens, "origins": origins, "gap": gap.tolist(), "selected": selected.tolist()}
+    return {"gamma": args.gamma, "k": k, **found}
 
 
 def clock(device) -> float:
@@ -892,85 +952,10 @@ def clock(device) -> float:
     return time.perf_counter()
 
 
-def table(rows: list[dict]) -> str:
-    """The results as Markdown: acceptance (beside the paper's, where it has the cell), the protocol, and what training took."""
-    columns = "task | pair | seed | T | draft | alpha (95% interval) | tau | expected acceptance | argmax agreement | speed-up"
-    columns += " | paper's alpha"
-    lines = [f"| {columns} |", "|" + " --- |" * (columns.count("|") + 1)]
-    for row in rows:
-        low, high = row["alpha_interval"]
-        lines.append(
-            "| {task} | {pair} | {seed} | {temperature:g} | {draft} | {alpha:.3f} ({low:.3f}-{high:.3f}) | {tau:.2f} "
-            "| {expected_acceptance:.3f} | {agreement:.3f} | {speedup:.2f}x | {paper} |".format(
-                **row, low=low, high=high, paper=paper_alpha(row)
-            )
-        )
-    if not any(paper_alpha(row) for row in rows):
-        lines = [line[: line.rstrip("|").rindex("|") + 1] for line in lines]
-    protocol = (
-        "{task}: first {prompts} {split} prompts (speed-up: {timed_prompts}, one by one), gamma {gamma}, max_new_tokens "
-        "{max_new_tokens}, {dtype}, {ranks} x {device}, torch {torch}"
-    )
-    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
-    lines += ["", *dict.fromkeys(f"Protocol of {protocol.format(**row)}, seed {seeds}." for row in rows)]
-    lines += [
-        "alpha = accepted / judged, interval by bootstrap over prompts; tau = tokens per target call; expected acceptance"
-    ]
-    lines += ["and argmax agreement on the target's own text; speed-up over the target alone, median over prompts."]
-    columns = "task | pair | seed | draft | epochs | steps | loss-bearing tokens | target forwards | seconds"
-    lines += ["", "What training took, the reference's included (target forwards: rows, cached ones once):", ""]
-    lines += [f"| {columns} |", "|" + " --- |" * (columns.count("|") + 1)]
-    cells = (
-        "| {task} | {pair} | {seed} | {draft} | {epochs:.1f} | {steps} | {loss_tokens} | {target_forwards} | {seconds:.0f} |"
-    )
-    lines += dict.fromkeys(cells.format(**row) for row in rows if "steps" in row)
-    return "\n".join(lines)
-
-
-T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, 97.5%, for 2 to 10 seeds
-
-
-def interval(values: list[float]) -> str:
-    """Mean of one value a seed, with the 95% interval of the mean (Student's t; of 2 to 10 seeds)."""
-    mean, half = statistics.mean(values), T_QUANTILE[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
-
-
-def over_seeds(rows: list[dict]) -> str:
-    """Means over seeds of every draft's alpha and expected acceptance, and of what is gained over DistillSpec, seed by seed;
-    "" for fewer than 2 seeds or more than 10."""
-    found = {}
-    for row in rows:
-        found.setdefault((row["task"], row["pair"], row["temperature"], row["draft"]), {})[row["seed"]] = row
-    columns = "task | pair | T | draft | alpha | over DistillSpec | expected acceptance | over DistillSpec"
-    lines = [f"| {columns} |", "|" + " --- |" * (columns.count("|") + 1)]
-    for (*cell, draft), by_seed in found.items():
-        if not 2 <= len(by_seed) <= 10:
-            return ""
-        uniform = found.get((*cell, "DistillSpec"), {})
-        texts = []
-        for key in ("alpha", "expected_acceptance"):
-            texts.append(interval([row[key] for row in by_seed.values()]).replace("+", ""))
-            gains = [row[key] - uniform[seed][key] for seed, row in by_seed.items() if seed in uniform]
-            texts.append(interval(gains) if len(gains) > 1 and draft != "DistillSpec" else "")
-        lines.append(f"| {' | '.join(map(str, cell))} | {draft} | {' | '.join(texts)} |")
-    seeds = len({row["seed"] for row in rows})
-    return "\n".join([f"\nMeans over {seeds} seeds (95% interval of the mean over seeds, Student's t):\n", *lines])
-
-
 def rank_correlation(a, b) -> float:
     """Spearman's, of two arrays [N] of values that are nearly all different (ties are ranked by place)."""
     ranks = [np.argsort(np.argsort(values, kind="stable")) for values in (a, b)]
     return float(np.corrcoef(*ranks)[0, 1])
-
-
-def paper_alpha(row: dict) -> str:
-    """The paper's alpha of a row's cell, "" where it has none: it has DistillSpec and AdaSPEC, and names no temperature."""
-    pairs, drafts = ["pythia", "codegen"], ["DistillSpec", "AdaSPEC"]
-    if row["task"] not in PAPER_ALPHA or row["pair"] not in pairs or row["draft"] not in drafts:
-        return ""
-    cell = PAPER_ALPHA[row["task"]][2 * (row["regime"] == "optimal") + pairs.index(row["pair"])]
-    return f"{cell[drafts.index(row['draft'])] / 100:.3f}"
 
 
 def some_of(valid, mixed: bool = False):
@@ -1049,6 +1034,7 @@ def parse(argv=None):
     add("--shard-target", action="store_true", help="spread the frozen target's layers over the ranks (FSDP)")
     add("--dtype", type=one_of(train.DTYPES), help="default bfloat16 on GPU, float32 on CPU")
     add("--gamma", type=int, default=5, help="tokens drafted a round")
+    add("--timed-gammas", type=numbers, default=(), help="comma-separated: measure the speed-up for these too")
     add("--max-new-tokens", type=int, default=128)
     add("--eval-prompts", type=int, default=200, help="test prompts that acceptance is counted on")
     add("--eval-batch", type=int, default=20)
@@ -1067,6 +1053,8 @@ def parse(argv=None):
             parser.error(f"--{flag.replace('_', '-')} must be finite and at least 0, got {getattr(args, flag)}")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0 or max(args.seeds) >= 2**32:
         parser.error(f"--seeds must be different numbers of at least 0 and below 2**32, got {','.join(map(str, args.seeds))}")
+    if min(args.timed_gammas, default=1) < 1:
+        parser.error(f"--timed-gammas must be at least 1, got {min(args.timed_gammas)}")
     if not 0 < args.k <= 1:
         parser.error(f"--k must be in (0, 1], got {args.k}")
     texts = ABLATIONS[args.ablation] if args.ablation else args.methods.split(",")
@@ -1176,7 +1164,8 @@ def write_results(args, started: float) -> Path:
     path, cells = Path(args.out, "results.json"), [read(note) for note in sorted(Path(args.out).rglob("evaluation.json"))]
     made_by = {"command": shlex.join(sys.argv), "seconds": round(time.time() - started), "git": git_commit(), **versions()}
     read(path)  # for the word it says where the one there is damaged
-    write(path, made_by | {"rows": [row for cell in cells for row in cell.get("rows", [])]})
+    found = {key: [each for cell in cells for each in cell.get(key, [])] for key in ("rows", "pictures")}
+    write(path, made_by | {"machine": report.machine()} | found)
     return path
 
 
@@ -1199,7 +1188,11 @@ def main(argv=None) -> None:
                 for seed in args.seeds:
                     rows += Cell(pair, task, seed, args, device).run()
                     path = write_results(args, started) if train.rank() == 0 else None
-    say(f"\n{table(rows)}\n{over_seeds(rows)}\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
+    say(f"\n{report.table(rows)}\n{report.over_seeds(rows)}\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
+    if train.rank() == 0 and importlib.util.find_spec("matplotlib"):
+        results, folder = read(path), Path(args.out, "figures")
+        report.figures(results["rows"], folder, results["pictures"])
+        say(f"Figures: {folder}/")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -394,7 +394,7 @@ def preflight_run(world, out, monkeypatch, *extra):
 
 def test_plan_names_every_cell_and_what_it_takes(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_all.Cell, "run", lambda self: [])
-    monkeypatch.setattr(run_all, "table", lambda rows: "")
+    monkeypatch.setattr(run_all.report, "table", lambda rows: "")
     models = ["--models-dir", f"{world}/models", "--target", "target", "--draft", "bin"]
     argv = [*FEW, "--tasks", "gsm8k,arithmetic", "--pairs", "tiny,custom", *models, "--data-dir", f"{world}/rows/good"]
     assert call(run_all, [*argv, "--limit", "30", "--seeds", "0,7", "--out", str(tmp_path)], monkeypatch) == 0
@@ -414,7 +414,7 @@ def test_last_cell_is_checked_before_the_first_is_trained(world, tmp_path, capsy
 @pytest.mark.parametrize(("free", "code"), [(0, 1), (2**24, 1), (2**40, 0)])
 def test_disk_that_is_too_small(world, tmp_path, capsys, monkeypatch, free, code):
     monkeypatch.setattr(run_all.Cell, "run", lambda self: [])
-    monkeypatch.setattr(run_all, "table", lambda rows: "")
+    monkeypatch.setattr(run_all.report, "table", lambda rows: "")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**50, 0, free))
     assert preflight_run(world, tmp_path, monkeypatch) == code
     err = capsys.readouterr().err
@@ -441,7 +441,7 @@ def test_disk_estimate_is_what_a_run_leaves_and_what_is_there_counts(world, tmp_
 
 def test_memory_is_only_warned_about(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_all.Cell, "run", lambda self: [])
-    monkeypatch.setattr(run_all, "table", lambda rows: "")
+    monkeypatch.setattr(run_all.report, "table", lambda rows: "")
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     assert preflight_run(world, tmp_path, monkeypatch) == 0
     assert "Warning: the largest stage needs more memory than there is" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import report
 import run_all
 
 ROOT = Path(run_all.__file__).parent
@@ -45,7 +46,7 @@ def test_every_stage_and_the_table(finished, capsys):
         assert (row["gamma"], row["prompts"], row["split"], row["dtype"]) == (5, 6, "test", "float32")
         if row["temperature"] == 0:
             assert row["expected_acceptance"] == row["agreement"]
-    text = run_all.table(results["rows"])
+    text = report.table(results["rows"])
     cells, protocol, _, took = text.split("\n\n")
     assert (
         "| arithmetic | tiny | 0 | DistillSpec | 1.0 | 3 |" in took and "| arithmetic | tiny | 0 | AdaSPEC | 2.0 | 6 |" in took
@@ -374,9 +375,9 @@ def test_foresight_of_the_gap_is_a_rank_correlation():
 
 def test_the_papers_numbers_are_beside_ours():
     row = {"task": "mbpp", "pair": "pythia", "draft": "AdaSPEC", "regime": "optimal"}
-    assert run_all.paper_alpha(row) == "0.651"
-    assert run_all.paper_alpha(row | {"regime": "3-epoch", "pair": "codegen", "draft": "DistillSpec"}) == "0.874"
-    assert not any(run_all.paper_alpha(row | other) for other in ({"pair": "tiny"}, {"draft": "base"}, {"task": "arithmetic"}))
+    assert report.paper_alpha(row) == "0.651"
+    assert report.paper_alpha(row | {"regime": "3-epoch", "pair": "codegen", "draft": "DistillSpec"}) == "0.874"
+    assert not any(report.paper_alpha(row | other) for other in ({"pair": "tiny"}, {"draft": "base"}, {"task": "arithmetic"}))
 
 
 def test_who_writes_the_responses(tmp_path):
@@ -414,7 +415,7 @@ def test_means_over_seeds_are_paired_by_seed():
     for seed, (uniform, ours) in enumerate([(0.50, 0.51), (0.60, 0.62), (0.70, 0.73)]):
         for draft, alpha in (("DistillSpec", uniform), ("AdaSPEC", ours)):
             rows.append(cell | {"seed": seed, "draft": draft, "alpha": alpha, "expected_acceptance": alpha / 2})
-    text = run_all.over_seeds(rows)
+    text = report.over_seeds(rows)
     assert "| gsm8k | tiny | 1.0 | DistillSpec | 0.600 (0.352 to 0.848) |  |" in text
     assert "| AdaSPEC | 0.620 (0.347 to 0.893) | +0.020 (-0.005 to +0.045) |" in text
-    assert run_all.over_seeds(rows[:2]) == ""
+    assert report.over_seeds(rows[:2]) == ""
