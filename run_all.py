@@ -459,7 +459,7 @@ def serving(target, draft, gamma: int, folder: Path) -> str:
                 engines.cut_vocabulary(path, out)
             write(note, {"of": of})
         paths = cut
-    lines = ["\nTo serve it (environments: README):"]
+    lines = ["\nTo serve the last of them (environments: README):"]
     for engine, command in engines.commands(*paths, gamma).items():
         why = engines.unservable(engine, [config.model_type for config in configs])
         lines.append(f"# {engine}: cannot serve it, {why}" if why else f"# {engine}\n{command}")
@@ -517,6 +517,7 @@ class Cell:
                     f"with --max-new-tokens {args.max_new_tokens} takes {longest}"
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.serve = ""  # the commands that serve its last draft, once that is there
         self.sizes = {}  # rows of each data set that a stage was trained on, by digest
 
     def encode(self, rows: dict) -> tuple[dict, int]:
@@ -706,7 +707,7 @@ class Cell:
         took = {label: self.took(made) for label, made in stages.items()}
         rows = self.evaluation(target, drafts, stages, took)
         if train.rank() == 0:
-            say(serving(target[0], [*drafts.values()][-1][0], args.gamma, self.folder / "serve"))
+            self.serve = serving(target[0], [*drafts.values()][-1][0], args.gamma, self.folder / "serve")
             for kind in ("target", "reference"):
                 shutil.rmtree(self.folder / f"cache-{kind}", ignore_errors=True)
         return rows
@@ -1186,9 +1187,11 @@ def main(argv=None) -> None:
         for pair in args.pairs:
             for task in args.tasks:
                 for seed in args.seeds:
-                    rows += Cell(pair, task, seed, args, device).run()
+                    cell = Cell(pair, task, seed, args, device)
+                    rows += cell.run()
                     path = write_results(args, started) if train.rank() == 0 else None
     say(f"\n{report.table(rows)}\n{report.over_seeds(rows)}\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
+    say(cell.serve)
     if train.rank() == 0 and importlib.util.find_spec("matplotlib"):
         results, folder = read(path), Path(args.out, "figures")
         report.figures(results["rows"], folder, results["pictures"])
