@@ -122,6 +122,8 @@ def paper_alpha(row: dict) -> str:
 NEEDED = "pair task seed split prompts gamma max_new_tokens dtype temperature draft alpha".split()
 ONE = "split gamma max_new_tokens dtype regime".split()  # what all rows of a study share: a mean over them says something
 TOOK = {"epochs": "passes", "steps": "steps", "loss_tokens": "loss-bearing tokens", "target_forwards": "target forwards"}
+# further columns, where a study's rows have them; see run_all.py
+MORE = {"gap_correlation": "gap foretells", "loss_correlation": "loss foretells"}
 
 
 KEY = """alpha: mean over tasks and seeds; gains: paired by task and seed, with the 95% interval over seeds (Student's t) where
@@ -144,7 +146,7 @@ def distinct(rows: list[dict], key: str) -> list:
 
 def check_study(study: dict) -> None:
     """Raises ValueError, in one line, where the rows of a study are not the whole of one comparison."""
-    name, rows, baseline, cells = f"study {study['study']}", study["rows"], baseline_of(study), {}
+    name, rows, cells = f"study {study['study']}", study["rows"], {}
     if not rows:
         raise ValueError(f"{name} has no rows: give results.json of runs that have finished a cell")
     for row in rows:
@@ -155,8 +157,8 @@ def check_study(study: dict) -> None:
         if len(values := distinct(rows, key)) > 1:
             raise ValueError(f"{name} has rows of {key} {' and '.join(map(str, values))}; a study has one {key}")
     for (pair, draft), found in cells.items():
-        if (pair, baseline) not in cells:
-            raise ValueError(f"{name}: no draft {baseline} of {pair} to compare with; --baseline is one of its drafts")
+        if missing := [baseline for baseline in baselines(study) if (pair, baseline) not in cells]:
+            raise ValueError(f"{name}: no draft {missing[0]} of {pair} to compare with; --baseline is one of its drafts")
         for temperature, task, seed in sorted(set().union(*cells.values())):
             if (count := found.count((temperature, task, seed))) != 1:
                 where = f"{draft} of {pair} has {count} rows for {task}, seed {seed}, temperature {temperature:g}"
@@ -169,9 +171,10 @@ def mean_of(key: str, rows: list[dict]) -> float:
     return statistics.mean(row[key] for row in rows)
 
 
-def baseline_of(study: dict) -> str:
+def baselines(study: dict) -> list[str]:
+    """The drafts that gains are over."""
     found = "AdaSPEC" if any(row["draft"] == "AdaSPEC" for row in study["rows"]) else "DistillSpec"
-    return study.get("baseline") or found
+    return study.get("baseline", found).split(",")
 
 
 def gains(rows: list[dict], baseline: list[dict]) -> list[float]:
@@ -183,32 +186,42 @@ def gains(rows: list[dict], baseline: list[dict]) -> list[float]:
     return [statistics.mean(values) for values in by_seed.values()]
 
 
+def gained(rows: list[dict], baseline: list[dict]) -> str:
+    values = gains(rows, baseline)
+    return interval(values) if len(values) > 1 else f"{values[0]:+.3f}"
+
+
 def compact(study: dict) -> list[str]:
-    """A study's rows as Markdown, a line a draft (and pair, of several): alpha over all tasks and seeds, the gain over the
-    baseline, what training took; then alpha by task."""
-    rows, baseline, found = study["rows"], baseline_of(study), {}
+    """A study's rows as Markdown, a line a draft (and pair, of several): alpha over all tasks and seeds, the gains over the
+    baselines, what training took; then alpha and the gain over the first baseline by task."""
+    rows, over, found = study["rows"], baselines(study), {}
     pairs, temperatures, tasks = (distinct(rows, key) for key in ("pair", "temperature", "task"))
     for row in rows:
         found.setdefault((row["pair"], row["draft"]), {}).setdefault(row["temperature"], []).append(row)
-    columns = [text for t in temperatures for text in (f"alpha, T = {t:g}", f"over {baseline}")]
+    columns = [text for t in temperatures for text in (f"alpha, T = {t:g}", *(f"over {draft}" for draft in over))]
+    more = {key: title for key, title in MORE.items() if any(key in row for row in rows)}
     lines, by_task = [], []
     for (pair, draft), own in found.items():
-        line = [draft if len(pairs) == 1 else f"{pair}: {draft}"]
-        by_task.append(" | ".join([*line, *(
-            " / ".join(f"{mean_of('alpha', [row for row in own[t] if row['task'] == task]):.3f}" for t in temperatures)
-            for task in tasks
-        )]))  # fmt: skip
+        name = draft if len(pairs) == 1 else f"{pair}: {draft}"
+        line = [name]
         for t in temperatures:
-            gained = gains(own[t], found[pair, baseline][t])
-            text = interval(gained) if len(gained) > 1 else f"{gained[0]:+.3f}"
-            line += [f"{mean_of('alpha', own[t]):.3f}", text if draft != baseline else ""]
-        trained = [row for row in own[temperatures[0]] if "steps" in row]
+            line += [f"{mean_of('alpha', own[t]):.3f}"]
+            line += [gained(own[t], found[pair, other][t]) if other != draft else "" for other in over]
+            cells = []
+            for task in tasks:
+                ours, theirs = ([row for row in some if row["task"] == task] for some in (own[t], found[pair, over[0]][t]))
+                cells.append(
+                    " ".join([f"{mean_of('alpha', ours):.3f}", gained(ours, theirs) if draft != over[0] else ""]).strip()
+                )
+            by_task.append(" | ".join([name, f"{t:g}", *cells]))
+        first = own[temperatures[0]]
+        trained, known = [row for row in first if "steps" in row], {key: [row for row in first if key in row] for key in more}
         line += [f"{mean_of(key, trained):,.{int(key == 'epochs')}f}" if trained else "" for key in TOOK]
+        line += [f"{mean_of(key, found):.3f}" if found else "" for key, found in known.items()]
         lines.append(" | ".join(line))
-    text = grid(" | ".join(["draft", *columns, *TOOK.values()]), lines)
+    text = grid(" | ".join(["draft", *columns, *TOOK.values(), *more.values()]), lines)
     if len(tasks) > 1:
-        head = f"alpha at T = {' / '.join(f'{t:g}' for t in temperatures)}"
-        text += ["", *grid(" | ".join([head, *tasks]), by_task)]
+        text += ["", f"Alpha by task, with the gain over {over[0]}:", "", *grid(" | ".join(["draft", "T", *tasks]), by_task)]
     return text
 
 
@@ -510,7 +523,7 @@ def main(argv=None, here: Path = HERE) -> int:
     flag("results", nargs="+", help="results.json of each run")
     flag("--title", required=True)
     flag("--note", required=True, help="a paragraph, printed as it is")
-    flag("--baseline", help="the draft that gains are over; default AdaSPEC, or DistillSpec where there is none")
+    flag("--baseline", help="the draft, or drafts with commas between, that gains are over; default AdaSPEC, else DistillSpec")
     flag("--order", type=int, help="place among the studies; default: last, by name")
     flag("--machine", help="default: what the results say")
     drawing = commands.add_parser("figures", help="draw a run's results")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from collections import Counter
 
@@ -60,7 +61,11 @@ def test_a_studys_table_against_a_hand_computation():
     assert "| DistillSpec | 0.450 |  | 0.550 |  | 3.0 | 375 | 1,100 | 2,000 |" in text
     gain = "+0.020 (-0.005 to +0.045)"
     assert f"| AdaSPEC | 0.470 | {gain} | 0.570 | {gain} | 3.0 | 375 | 1,100 | 2,000 |" in text
-    assert "| alpha at T = 0 / 1 | gsm8k | mbpp |" in text and "| AdaSPEC | 0.610 / 0.710 | 0.330 / 0.430 |" in text
+    assert "Alpha by task, with the gain over DistillSpec:" in text and "| draft | T | gsm8k | mbpp |" in text
+    first = re.escape("| AdaSPEC | 1 | 0.710 +0.010 (-0.0") + r"\d+ to \+0.\d+\) \| 0.430 \+0.030 \("
+    assert re.search(first, text) and "| DistillSpec | 1 | 0.700 | 0.400 |" in text
+    text = "\n".join(report.compact(make_study(make_rows(), baseline="AdaSPEC,DistillSpec")))
+    assert f"| AdaSPEC | 0.470 |  | {gain} | 0.570 |  | {gain} |" in text, "two baselines"
     text = "\n".join(report.compact(make_study(make_rows())))
     assert "| DistillSpec | 0.450 | -0.020 (-0.045 to +0.005) |" in text, "the baseline is AdaSPEC where there is one"
 
