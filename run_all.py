@@ -41,8 +41,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 import data
 import engines
 import train
-from adaspec import select_tokens
+from adaspec import select_tokens, token_kl
 from distillspec import DIVERGENCES
+from eagle import STATE_WEIGHT, TOKEN_WEIGHT, Eagle, TargetStates, eagle_objective, everything, training_accuracy
 from speculative import (
     Parser,
     Stats,
@@ -60,13 +61,15 @@ from speculative import (
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and a draft: names of pretrained models (Hub ids or folders), or GPT-NeoX sizes to train from scratch."""
+    """A target and a draft: names of pretrained models (Hub ids or folders), or GPT-NeoX sizes to train from scratch; EAGLE in
+    the draft's place is a head on the target."""
 
     target: str | dict
     draft: str | dict
     target_lr: float = 1e-5  # as in the official scripts
 
 
+EAGLE = "EAGLE head"
 PAIRS = {
     "pythia": Pair("EleutherAI/pythia-1.4b", "EleutherAI/pythia-31m"),
     "codegen": Pair("microsoft/phi-2", "Salesforce/codegen-350M-mono"),
@@ -75,7 +78,9 @@ PAIRS = {
         {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
         target_lr=1e-3,
     ),
+    "smollm2-eagle": Pair("HuggingFaceTB/SmolLM2-135M-Instruct", EAGLE),
 }
+PAIRS["tiny-eagle"] = replace(PAIRS["tiny"], draft=EAGLE)
 SCRATCH = {"lr": 2e-3, "epochs": 2, "batch_size": 16}  # pretraining of a pair that is given by sizes, on whole train rows
 SCRATCH_VOCABULARY = 512
 
@@ -88,7 +93,8 @@ RECIPES = {
     "cnn_dailymail": (16, {"pythia": (1e-4, (1, 10, 10)), "codegen": (1e-4, (1, 10, 10))}),
     "xsum": (16, {"pythia": (3e-4, (1, 10, 10)), "codegen": (1e-4, (1, 10, 10))}),
 }
-OTHER_LR = {"tiny": 2e-3, "custom": 3e-4}  # pairs that the paper does not have: 3 epochs, batch 16 for other tasks too
+# pairs that the paper does not have: 3 epochs, batch 16 for other tasks too
+OTHER_LR = {"tiny": 2e-3, "tiny-eagle": 2e-3, "custom": 3e-4}
 
 PRESETS = {
     "tiny": {
@@ -422,11 +428,14 @@ class Cell:
             self.tokenizer = data.train_tokenizer([spec.prompt(row) + spec.response(row) for row in rows], SCRATCH_VOCABULARY)
             self.names, sizes = [f"{pair_name}'s target", f"{pair_name}'s draft"], [self.pair.target, self.pair.draft]
             with torch.device("meta"):
-                self.models = [scratch_model(size, self.tokenizer, seed) for size in sizes]
+                self.models = [scratch_model(size, self.tokenizer, seed) for size in sizes if size != EAGLE]
         else:
-            self.names = [resolve(name, args.models_dir) for name in (self.pair.target, self.pair.draft)]
+            self.names = [resolve(name, args.models_dir) for name in (self.pair.target, self.pair.draft) if name != EAGLE]
             self.models = [check_model(name) for name in self.names]  # without weights
-            self.tokenizer = shared_tokenizer(*self.names)
+            self.tokenizer = shared_tokenizer(self.names[0], self.names[-1])
+        if self.pair.draft == EAGLE:
+            with torch.device("meta"):
+                self.names, self.models = [self.names[0], f"{pair_name}'s head"], [self.models[0], Eagle(self.models[0])]
         test_rows = data.load_rows(task, args.split, args.data_dir, args.eval_prompts)
         for turn in (0, 1):  # rank 0 tokenises, the others read what it has written
             if turn == (train.rank() > 0):
@@ -449,6 +458,7 @@ class Cell:
                     f"{name} has a context of {context} tokens; --max-length is {args.max_length}, and the longest test prompt "
                     f"with --max-new-tokens {args.max_new_tokens} takes {longest}"
                 )
+        self.cached = everything(self.examples) if self.pair.draft == EAGLE else self.examples  # a head reads prompts too
         self.digest = data.digest(self.examples)
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -466,10 +476,15 @@ class Cell:
             how = {"vocab_size": len(self.tokenizer), "micro_batch": args.micro_batch, "name": f"{self.task} {name}"}
             checkpoints = train.Checkpoints(checkpoint_folder(self.folder / name), mark)
             how |= {"checkpoints": checkpoints, "save_minutes": args.save_minutes, "rewrite": rewrite, "refresh": refresh}
-            return model, train.train(model, examples or self.examples, objective(), **hyper, **how)
+            summary = train.train(model, examples or self.examples, objective(), **hyper, **how)
+            return model, summary | self.measured(model)
 
         settings = {"stage": name, "init": init, "data": data.digest(examples or self.examples), **hyper, **made_of}
         return stage(self.folder / name, settings, self.tokenizer, work)
+
+    def measured(self, model) -> dict:
+        """What a stage's summary is to say of the trained model beside what the loop does."""
+        return {}
 
     def load(self, path, dtype=torch.float32):
         # where there is no safetensors file, transformers reads the pickle by torch.load(weights_only=True)
@@ -570,6 +585,8 @@ class Cell:
         whole = [example._replace(prompt_length=0) for example in self.examples]  # loss on prompts too: a language model
         made = []
         for role, sizes in (("target", self.pair.target), ("draft", self.pair.draft)):
+            if sizes == EAGLE:
+                continue
             make = functools.partial(scratch_model, sizes, self.tokenizer, self.seed)
             made.append(self.fit(f"base-{role}", sizes, make, lambda: cross_entropy, examples=whole, **SCRATCH))
         return made
@@ -646,7 +663,7 @@ class Cell:
     def cache_bytes(self) -> int:
         """The size of the cache of the target's hidden states; 0 where --cache-gb has no room for it."""
         width = self.models[0].get_output_embeddings().weight.shape[1]
-        size = train.TokenCache(self.folder, "", self.examples, width, self.dtype).bytes
+        size = train.TokenCache(self.folder, "", self.cached, width, self.dtype).bytes
         return size if size <= self.args.cache_gb * 2**30 else 0
 
     def evaluation(self, target, drafts: dict, took: dict) -> list[dict]:
@@ -675,6 +692,98 @@ class Cell:
         if train.rank() == 0:
             write(note, {"fingerprint": mark, "git": git_commit(), "seconds": round(time.time() - started), "rows": rows})
         return rows
+
+
+class EagleCell(Cell):
+    """A cell whose drafts are EAGLE heads (eagle.py): trained on all response tokens for the method distillspec, and on
+    AdaSPEC's for the method adaspec, with a head of the first kind as the reference."""
+
+    def __init__(self, pair_name, *rest):
+        super().__init__(pair_name, *rest)
+        for method in self.args.methods:
+            if other := set(method.settings()) - {"k", "lr", "epochs", "reference_epochs"}:
+                raise ValueError(
+                    f"{pair_name}: an EAGLE head is trained by distillspec or adaspec with k, lr, epochs or reference_epochs, "
+                    f"not by {method} ({', '.join(sorted(other))})"
+                )
+
+    def run(self) -> list[dict]:
+        say(self.header)
+        args, lr, (target_epochs, reference_epochs, draft_epochs) = self.args, self.plan["lr"], self.plan["epochs"]
+        self.target = self.bases()[0]
+        if target_epochs:
+            path, mark = self.target
+            target_lr = self.pair.target_lr if args.target_lr is None else args.target_lr
+            self.target = self.fit("target", mark, lambda: self.load(path), lambda: cross_entropy, target_lr, target_epochs)
+
+        stages = {}
+        uniform = functools.cache(lambda lr, epochs: self.head(f"eagle-{epochs}-epochs-lr-{lr}", lr, epochs))
+        for method in args.methods:
+            own_lr, epochs, settings = method.lr or lr, method.epochs or draft_epochs, method.settings()
+            label = " ".join(["EAGLE", *(f"{key}={value}" for key, value in settings.items())])
+            if method.name == "distillspec":
+                stages[label] = [uniform(own_lr, epochs)]
+                continue
+            reference = uniform(lr, method.reference_epochs or reference_epochs)
+            name = "-".join(["eagle-adaspec", *(f"{key}-{value}" for key, value in settings.items())])
+            made = self.head(name, own_lr, epochs, reference, method.k)
+            stages[label.replace("EAGLE", "EAGLE + AdaSPEC")] = [reference, made]
+        drafts = {label: made[-1] for label, made in stages.items()}
+        took = {label: self.took(made) for label, made in stages.items()}
+        for label, (folder, _) in drafts.items():
+            took[label]["accuracy"] = read(folder / "stage.json")["summary"]["accuracy"]
+        rows = self.evaluation(self.target, drafts, took)
+        if train.rank() == 0:
+            for kind in ("target", "reference"):
+                shutil.rmtree(self.folder / f"cache-{kind}", ignore_errors=True)
+        return rows
+
+    def head(self, name, lr, epochs, reference=None, k=1.0):
+        """The stage of one head, with a reference on the top k of the tokens."""
+        states = functools.cache(lambda: TargetStates(self.teacher(self.target, self.cached), self.examples))
+
+        def make():
+            torch.manual_seed(self.seed)
+            head = Eagle(self.load(self.target[0]))
+            head.teacher = states()
+            return head
+
+        def objective():
+            if reference is None:
+                return eagle_objective(states())
+            asked = self.frozen(reference[0])
+            asked.model.teacher = states()
+
+            def reference_kl(batch):
+                return asked.head.per_token(asked.hidden(batch), target_logits(states(), batch), token_kl)
+
+            cache = self.cache("reference", self.examples, self.target[1] + reference[1], 1, torch.float32)
+            if not cache:
+                return eagle_objective(states(), reference_kl, k)
+            fill = self.rows_at_once(), f"{self.task} reference cache", self.args.save_minutes
+            cache.fill(reference_kl, self.device, *fill)
+            return eagle_objective(states(), lambda batch: cache.read(batch).squeeze(1), k)
+
+        made_of = {"target": self.target[1], "source": ["ground-truth"], "weights": [STATE_WEIGHT, TOKEN_WEIGHT]}
+        if reference:
+            made_of |= {"reference": reference[1], "k": k}
+            if self.args.micro_batch:  # the quantile is then over the micro-batches that the ranks process together
+                made_of |= {"micro_batch": self.args.micro_batch, "ranks": train.world_size()}
+        return self.fit(name, EAGLE, make, objective, lr, epochs, **made_of)
+
+    def measured(self, model) -> dict:
+        if not isinstance(model, Eagle):
+            return {}
+        return {"accuracy": training_accuracy(model, self.examples, len(self.tokenizer), self.rows_at_once())}
+
+    def load(self, path, dtype=torch.float32):
+        if Path(path, "eagle.json").is_file():
+            return Eagle.from_pretrained(path, super().load(self.target[0], dtype))
+        return super().load(path, dtype)
+
+
+def make_cell(pair: str, *rest) -> Cell:
+    return (EagleCell if pair in PAIRS and PAIRS[pair].draft == EAGLE else Cell)(pair, *rest)
 
 
 # Evaluation
@@ -714,14 +823,14 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
                 for values, new in zip(found[draft], (out.row_stats, exact.overlap, exact.agree), strict=True):
                     values += new if isinstance(new, list) else new.tolist()
         parts = train.gather_objects(found)
-        speedups = timings(target, drafts, timed, temperature, args.gamma, seed, common, bar)
+        speeds = timings(target, drafts, timed, temperature, args.gamma, seed, common, bar)
         for draft in drafts:
             by_prompt, overlap, agree = ([value for part in parts for value in part[draft][i]] for i in range(3))
             stats = sum(by_prompt, Stats())
             interval = bootstrap_interval([s.accepted for s in by_prompt], [s.accepted + s.rejected for s in by_prompt])
             row = {"temperature": temperature, "draft": draft, "alpha": stats.alpha, "alpha_interval": interval}
             row |= {"tau": stats.tau, "expected_acceptance": sum(overlap) / len(overlap)}
-            row |= {"agreement": sum(agree) / len(agree), "speedup": speedups.get(draft), "counts": asdict(stats)}
+            row |= {"agreement": sum(agree) / len(agree), "counts": asdict(stats), **speeds.get(draft, {})}
             rows.append(row)
     bar.close()
     return rows
@@ -747,12 +856,12 @@ def response(tokens, prompt, end: int) -> data.Example:
 
 
 def timings(target, drafts, prompts, temperature, gamma, seed, common, bar) -> dict:
-    """Each draft's speed-up over the target alone on rank 0 ({} elsewhere): tokens per second over tokens per second, the
-    median over prompts (other work on the machine spoils a sum)."""
+    """Each draft's speed on rank 0 ({} elsewhere): tokens per second, seconds per response, and the speed-up over the target
+    alone (tokens per second over tokens per second); medians over prompts (other work on the machine spoils a sum)."""
     if train.rank() != 0:
         return {}
     alone, device = object(), target.device
-    rates = {draft: [] for draft in (alone, *drafts)}
+    rates, seconds = ({draft: [] for draft in (alone, *drafts)} for _ in range(2))
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first one twice: its first run is the warm-up
         train.check_stop()
         for draft, found in rates.items():
@@ -763,9 +872,18 @@ def timings(target, drafts, prompts, temperature, gamma, seed, common, bar) -> d
             else:
                 sequences = speculative_generate(target, drafts[draft], prompt, gamma=gamma, **sampling).sequences
             if number:
-                found.append((sequences.shape[1] - prompt.shape[1]) / (clock(device) - start))
+                seconds[draft].append(clock(device) - start)
+                found.append((sequences.shape[1] - prompt.shape[1]) / seconds[draft][-1])
         bar.update(bool(number))
-    return {draft: statistics.median(a / b for a, b in zip(rates[draft], rates[alone], strict=True)) for draft in drafts}
+    return {
+        draft: {
+            "speedup": statistics.median(a / b for a, b in zip(rates[draft], rates[alone], strict=True)),
+            "tokens_per_second": statistics.median(rates[draft]),
+            "seconds_per_response": statistics.median(seconds[draft]),
+            "target_seconds_per_response": statistics.median(seconds[alone]),
+        }
+        for draft in drafts
+    }
 
 
 def clock(device) -> float:
@@ -838,6 +956,35 @@ def over_seeds(rows: list[dict]) -> str:
         lines.append(f"| {' | '.join(map(str, cell))} | {draft} | {' | '.join(texts)} |")
     seeds = len({row["seed"] for row in rows})
     return "\n".join([f"\nMeans over {seeds} seeds (95% interval of the mean over seeds, Student's t):\n", *lines])
+
+
+def eagle_table(rows: list[dict]) -> str:
+    """EAGLE against EAGLE + AdaSPEC, means over seeds and what is gained seed by seed; "" where there is no EAGLE head."""
+    keys = "accuracy", "alpha", "tau", "tokens_per_second", "speedup", "seconds_per_response"
+    columns = "task | pair | T | draft | training accuracy | alpha | tau | tokens per second | speed-up | seconds per response"
+    found = {}
+    for row in rows:
+        if "accuracy" in row:
+            found.setdefault((row["task"], row["pair"], row["temperature"]), {}).setdefault(row["draft"], {})[row["seed"]] = row
+    if not found:
+        return ""
+
+    def cells(values):
+        return [interval(one) if 2 <= len(one) <= 10 else f"{statistics.mean(one):+.3f}" for one in values]
+
+    lines = [f"| {columns} |", "|" + " --- |" * (columns.count("|") + 1)]
+    for cell, drafts in found.items():
+        for draft, by_seed in drafts.items():
+            texts = [text.replace("+", "") for text in cells([row[key] for row in by_seed.values()] for key in keys)]
+            lines.append(f"| {' | '.join(map(str, cell))} | {draft} | {' | '.join(texts)} |")
+            both = [seed for seed in by_seed if draft != "EAGLE" and seed in drafts.get("EAGLE", {})]
+            if both:
+                texts = cells([by_seed[seed][key] - drafts["EAGLE"][seed][key] for seed in both] for key in keys)
+                lines.append(f"| {' | '.join(map(str, cell))} | over EAGLE | {' | '.join(texts)} |")
+    seeds = len({row["seed"] for row in rows})
+    title = f"\nEAGLE heads, means over {seeds} seeds (95% interval of the mean over seeds, Student's t); training accuracy:"
+    what = "the share of the training rows' response tokens where head and target, teacher-forced, have the same argmax.\n"
+    return "\n".join([title, what, *lines, ""])
 
 
 def paper_alpha(row: dict) -> str:
@@ -993,7 +1140,7 @@ def preflight(args, device) -> None:
     lines, kept, passing, memory = [], 0, 0, 0
     for pair in args.pairs:
         for task in args.tasks:
-            cell = Cell(pair, task, args.seeds[0], args, device)  # seeds differ in nothing that is checked here
+            cell = make_cell(pair, task, args.seeds[0], args, device)  # seeds differ in nothing that is checked here
             (target_epochs, *epochs), batch = cell.plan["epochs"], cell.plan["batch_size"]
             check_usable(cell)
             rows = len(cell.examples)
@@ -1068,9 +1215,10 @@ def main(argv=None) -> None:
         for pair in args.pairs:
             for task in args.tasks:
                 for seed in args.seeds:
-                    rows += Cell(pair, task, seed, args, device).run()
+                    rows += make_cell(pair, task, seed, args, device).run()
                     path = write_results(args, started) if train.rank() == 0 else None
-    say(f"\n{table(rows)}\n{over_seeds(rows)}\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
+    where = f"Results: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/"
+    say(f"\n{table(rows)}\n{over_seeds(rows)}\n{eagle_table(rows)}{where}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
