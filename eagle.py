@@ -186,19 +186,17 @@ def eagle_objective(target: TargetStates, reference_kl=None, k: float = 0.4):
     """
 
     def objective(hidden, head, batch):
-        states, rows = target.hidden(batch), torch.arange(len(hidden), device=hidden.device)
+        states, rows, guard = target.hidden(batch), torch.arange(len(hidden), device=hidden.device), 0.0
 
         def wanted(rows):
             return target.head(states[rows])
 
-        gaps = hidden.new_zeros(1)
         if reference_kl:
             gaps = head.per_token(hidden, wanted, token_kl) - reference_kl(batch)
             every, own = train.gather_ragged(gaps)
-            rows = select_tokens(every, k)[own].nonzero().squeeze(-1)
+            rows, guard = select_tokens(every, k)[own].nonzero().squeeze(-1), 0 * gaps.sum()  # a NaN gap is a NaN loss
         distance = F.smooth_l1_loss(hidden[rows].float(), states[rows].float(), reduction="none").mean(-1).sum()
-        loss = STATE_WEIGHT * distance + TOKEN_WEIGHT * head.loss(hidden, wanted, token_kl, rows)
-        return loss + 0 * gaps.sum(), len(rows)  # 0 * NaN: a NaN gap is a NaN loss
+        return STATE_WEIGHT * distance + TOKEN_WEIGHT * head.loss(hidden, wanted, token_kl, rows) + guard, len(rows)
 
     return objective
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from test_speculative import ARCHITECTURES, build, chi_square, enumerate_texts, same_counts, sample_counts
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 import data
+import run_all
 import train
 from adaspec import select_tokens, token_kl
 from eagle import Eagle, TargetStates, eagle_objective, everything, training_accuracy
@@ -199,7 +201,26 @@ def test_nothing_of_the_target_is_changed(heads):
     head.train()
     assert torch.equal(speculative_generate(target, head, PROMPT, max_new_tokens=8).sequences, before) and head.training
     head.eval()
-    assert {name.split(".")[0] for name, _ in head.named_parameters()} == {"fuse", "trunk"}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_head_is_one_layer_of_the_targets_own_kind_without_norms_at_either_end(heads, name):
+    target, head = heads[name]
+    layer = max((m for m in target.base_model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)[0]
+    theirs = {key for key, _ in layer.named_parameters() if not key.startswith(("input_layernorm", "ln_1"))}
+    ours = [key.split(".", 3) for key, _ in head.named_parameters()]
+    assert {key[3] for key in ours if key[0] == "trunk"} == theirs
+    assert [".".join(key) for key in ours if key[0] != "trunk"] == ["fuse.weight", "fuse.bias"]
+    assert {key[2] for key in ours if key[0] == "trunk"} == {"0"}
+
+
+def test_noise_is_for_training_alone_and_of_its_width(heads):
+    head = copy.deepcopy(heads["neox"][1])
+    seen, ids, states = [], torch.tensor([[1, 2, 3]]), torch.randn(1, 3, 32)
+    head.fuse.register_forward_hook(lambda module, args, out: seen.append(args[0][..., 32:] - states))
+    for mode in (True, False):
+        head.train(mode)(ids, states)
+    assert 0.08 < seen[0].abs().max() <= 0.1 + 1e-6 and seen[0].min() < -0.08 and not seen[1].any()
 
 
 # --- training ----------------------------------------------------------------------------------------------------------
@@ -368,3 +389,32 @@ def test_a_target_without_positions_is_refused():
     bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=4))
     with pytest.raises(ValueError, match="takes no position_ids"):
         Eagle(bloom)
+
+
+# --- the driver --------------------------------------------------------------------------------------------------------
+
+SHORT = "--preset tiny --limit 48 --max-steps 2 --eval-prompts 4 --eval-batch 2 --timed-prompts 1 --max-new-tokens 8".split()
+
+
+def test_driver_ends_in_the_table_and_uses_heads_again(tmp_path, tokenizer, make_model, capsys):
+    """A target from scratch, over two seeds, and one from a folder (tied embeddings, a padded head); again, nothing runs."""
+    model = make_model("llama", vocab_size=len(tokenizer) + 16)
+    for save in (model, tokenizer):
+        save.save_pretrained(tmp_path / "models" / "SmolLM2-135M-Instruct")
+    for pair, more in (("tiny-eagle", ["--seeds", "0,1"]), ("smollm2-eagle", ["--models-dir", str(tmp_path / "models")])):
+        command = [*SHORT, "--pairs", pair, "--out", str(tmp_path / pair), *more]
+        run_all.main(command)
+        out = capsys.readouterr().out
+        rows = json.loads((tmp_path / pair / "results.json").read_text())["rows"]
+        assert {row["draft"] for row in rows} == {"EAGLE", "EAGLE + AdaSPEC"}
+        assert all(0 <= row["accuracy"] <= 1 and row["speedup"] > 0 and row["seconds_per_response"] > 0 for row in rows)
+        assert f"| arithmetic | {pair} | 0.0 | over EAGLE | " in out and "training accuracy" in out
+        folder = tmp_path / pair / pair / "arithmetic" / "seed0"
+        settings = json.loads((folder / "eagle-adaspec" / "stage.json").read_text())["settings"]
+        assert settings["k"] == 0.4 and not (folder / "cache-target").exists()
+        target = AutoModelForCausalLM.from_pretrained(folder / "target")
+        assert Eagle.from_pretrained(folder / "eagle-adaspec", target).config.num_hidden_layers == 1
+        run_all.main(command)
+        assert "last loss" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"tiny-eagle: an EAGLE head is trained by .* \(data\)"):
+        run_all.main([*SHORT, "--pairs", "tiny-eagle", "--out", str(tmp_path / "no"), "--methods", "distillspec:data=target"])
