@@ -125,15 +125,12 @@ class Eagle(nn.Module):
 
         Raises ValueError where the folder holds no head, a damaged one or one of another kind of target.
         """
-        try:
-            about = json.loads(Path(folder, "eagle.json").read_text())
-            weights = load_file(Path(folder, "eagle.safetensors"))
-            noise, kind = about["noise"], {name: about[name] for name in FITS}
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(
-                f"{folder} holds no EAGLE head ({error}); give a folder that Eagle.save_pretrained wrote"
-            ) from error
         own = {name: getattr(target.config, name) for name in FITS}
+        try:
+            about, weights = json.loads(Path(folder, "eagle.json").read_text()), load_file(Path(folder, "eagle.safetensors"))
+            kind, noise = {name: about[name] for name in FITS}, about["noise"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds no EAGLE head ({error}); give one that Eagle.save_pretrained wrote") from error
         if own != kind:
             raise ValueError(f"the EAGLE head in {folder} was made for a target with {kind}, this one has {own}")
         head = cls(target, noise)
