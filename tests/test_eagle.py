@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import data
+import eagle
 import run_all
 import train
 from adaspec import select_tokens, token_kl
@@ -118,6 +119,28 @@ def test_greedy_is_the_targets_own_and_counts_are_those_of_a_sampler_without_cac
     if max(branching) == 1:
         chain = speculative_generate(target, head, PROMPT, gamma=len(branching), max_new_tokens=30)
         assert torch.equal(chain.sequences, expected) and same_counts(chain.stats, counts, len(branching))
+
+
+@pytest.mark.parametrize("name", ["neox", "llama"])
+def test_every_node_of_a_tree_is_drafted_from_its_own_parents_guess(heads, monkeypatch, name):
+    target, head = heads[name]
+    fed, forward = [], eagle._HeadTreeLane.forward
+
+    def spy(lane, tokens, seen, keep):
+        fed.append((tokens, seen[-keep:], forward(lane, tokens, seen, keep)))
+        return fed[-1][2]
+
+    monkeypatch.setattr(eagle._HeadTreeLane, "forward", spy)
+    text = tree_generate(target, head, PROMPT, branching=(3, 2, 1), max_new_tokens=12).sequences[0].tolist()
+    for tokens, seen, logits in fed:
+        if isinstance(tokens, list):  # a round begins: the text so far
+            n, nodes = seen.shape[1], []
+        else:
+            nodes += tokens.tolist()
+        for slots, row in zip(seen[:, n:].tolist(), logits, strict=True):
+            path = [token for token, visible in zip(nodes, slots, strict=True) if visible]
+            torch.testing.assert_close(row, slow_logits(target, head, text[:n], path), atol=1e-4, rtol=1e-4)
+    assert len(fed) > 6
 
 
 @pytest.mark.parametrize("gamma", [1, 4])
