@@ -33,6 +33,7 @@ from tree import _TreeLane
 __all__ = ["Eagle", "TargetStates", "eagle_objective", "training_accuracy"]
 
 STATE_WEIGHT, TOKEN_WEIGHT = 1.0, 0.1  # of the two losses: the official code's
+INPUT_NORMS = "input_layernorm", "ln_1"  # what architectures call the norm at a layer's input
 FITS = "model_type", "hidden_size", "vocab_size", "num_attention_heads"  # what a head and its target must have in common
 
 
@@ -64,9 +65,10 @@ class Eagle(nn.Module):
         self.fuse = nn.Linear(self.frozen[0].embedding_dim + width, width)
         self.trunk = type(target.base_model)(self.config)  # brings positions and masks with it
         self.trunk.set_input_embeddings(None)
-        layer = max((m for m in self.trunk.modules() if isinstance(m, nn.ModuleList)), key=len)[0]
-        for module in (self.trunk, layer):  # the final norm and, of the layer's, the one at its input
-            name = next(name for name, child in module.named_children() if "norm" in type(child).__name__.lower())
+        stack = next(m for m in self.trunk.modules() if any(isinstance(child, nn.ModuleList) for child in m.children()))
+        layer = next(child for child in stack.children() if isinstance(child, nn.ModuleList))[0]
+        ends = [(stack, name) for name, child in stack.named_children() if "norm" in type(child).__name__.lower()]
+        for module, name in [*ends, *((layer, name) for name in INPUT_NORMS if hasattr(layer, name))]:
             setattr(module, name, nn.Identity())
 
     def get_output_embeddings(self) -> nn.Module:
@@ -224,17 +226,23 @@ def training_accuracy(head: Eagle, examples: Sequence[Example], vocab_size: int,
 
 
 class _TargetLane(_Lane):
-    """The target's lane, which hands out its last hidden states [B, n, d]. The logits stay the model's own."""
+    """The target's lane, which hands out its last hidden states [B, n, d]. The logits stay the model's own.
+
+    Raises ValueError for a model whose forward passes its base_model by (OPT).
+    """
 
     def call(self, tokens, keep, **inputs):
         def note(module, args, output):
             self.states = output.last_hidden_state
 
-        handle = self.model.base_model.register_forward_hook(note)
+        self.states, handle = None, self.model.base_model.register_forward_hook(note)
         try:
-            return super().call(tokens, keep, **inputs)
+            logits = super().call(tokens, keep, **inputs)
         finally:
             handle.remove()
+        if self.states is None:
+            raise ValueError(f"{type(self.model).__name__} does not call its base_model: an EAGLE head cannot read its states")
+        return logits
 
 
 class _HeadLane(_Lane):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_speculative import ARCHITECTURES, build, chi_square, enumerate_texts, same_counts, sample_counts
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, OPTConfig
 
 import data
 import eagle
@@ -219,11 +219,14 @@ def test_the_evaluator_sees_what_decoding_does(heads):
 
 def test_nothing_of_the_target_is_changed(heads):
     target, head = heads["neox"]
-    assert not target.base_model._forward_hooks
     before = speculative_generate(target, None, PROMPT, max_new_tokens=8).sequences
     head.train()
     assert torch.equal(speculative_generate(target, head, PROMPT, max_new_tokens=8).sequences, before) and head.training
     head.eval()
+    assert not target.base_model._forward_hooks
+    assert [p.requires_grad for p in target.parameters()] == [
+        name.split(".")[-2] not in ("embed_in", "lm_head", "embed_out") for name, _ in target.named_parameters()
+    ], "only what the head uses is frozen"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -406,12 +409,15 @@ def test_wrong_folders_and_targets_are_refused(heads, tmp_path):
             Eagle.from_pretrained(folder, target)
 
 
-def test_a_target_without_positions_is_refused():
-    from transformers import AutoModelForCausalLM, BloomConfig
-
-    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=4))
-    with pytest.raises(ValueError, match="takes no position_ids"):
-        Eagle(bloom)
+def test_targets_that_give_no_positions_or_states_are_refused():
+    sizes = {"vocab_size": 40, "hidden_size": 32, "pad_token_id": 1}
+    with pytest.raises(ValueError, match="BloomForCausalLM takes no position_ids"):
+        Eagle(AutoModelForCausalLM.from_config(BloomConfig(n_layer=1, n_head=4, **sizes)))
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "word_embed_proj_dim": 32, "ffn_dim": 64}
+    opt = AutoModelForCausalLM.from_config(OPTConfig(**sizes)).eval()
+    with pytest.raises(ValueError, match="OPTForCausalLM does not call its base_model"):
+        speculative_generate(opt, Eagle(opt), PROMPT, max_new_tokens=5)
+    assert not opt.base_model._forward_hooks
 
 
 # --- the driver --------------------------------------------------------------------------------------------------------
