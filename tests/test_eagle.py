@@ -203,18 +203,18 @@ def test_tree_sampling_is_lossless(small):
     assert stats.rejected > 20 and stats.accepted > 200
 
 
-def test_the_evaluator_sees_what_decoding_does(heads):
-    """A round's first draft is made from true states alone: its acceptance is the agreement at that place of the text."""
+def test_the_evaluator_sees_what_a_rounds_first_draft_is_made_from(heads):
+    """At every token of the target's own text, and in a batch padded on the right."""
     target, head = heads["llama"]
-    out = speculative_generate(target, head, PROMPT, gamma=1, max_new_tokens=40)
-    labels = torch.cat([torch.full((1, 5), -100), out.sequences[:, 5:]], 1)
-    exact = expected_acceptance(target, head, out.sequences, labels, 0.0)
-    place, accepted = 1, 0  # the first token is the target's own
-    while place < 39:
-        accepted += exact.agree[place].item()
-        place += 1 + exact.agree[place].item()
-    assert accepted == out.stats.accepted > 3
-    assert torch.equal(exact.agree, expected_acceptance(target, head, out.sequences, labels, 1.0).agree)
+    text = autoregressive_generate(target, PROMPT, max_new_tokens=40)[0].tolist()
+    guesses = [int(slow_logits(target, head, text[:n], []).argmax()) for n in range(5, 45)]
+    input_ids = torch.tensor([text, text[:30] + [0] * 15])
+    labels = torch.tensor([[-100] * 5 + text[5:], [-100] * 5 + text[5:30] + [-100] * 15])
+    agree = [guess == token for guess, token in zip(guesses, text[5:], strict=True)]
+    for temperature in (0.0, 1.0):
+        exact = expected_acceptance(target, head, input_ids, labels, temperature)
+        assert exact.agree.tolist() == agree + agree[:25]
+    assert 3 < sum(agree) < 40
 
 
 def test_nothing_of_the_target_is_changed(heads):
