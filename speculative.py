@@ -159,7 +159,7 @@ class _Lane:
         return self.call(tokens, keep, **masked)[:, -keep:, : self.vocab_size]
 
     def call(self, tokens: torch.Tensor, keep: int, **inputs) -> torch.Tensor:
-        """The model's logits; what heads on the target's states have another way of (eagle.py)."""
+        """The model's logits; eagle.py's lanes also take or pass on hidden states here."""
         output = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=keep, **inputs)
         return output.logits
 

@@ -348,6 +348,20 @@ def test_training_lowers_the_loss_and_raises_the_accuracy(setting, examples, tmp
     )
 
 
+def test_bfloat16_follows_float32(setting, make_model, examples):
+    """As on a GPU: float32 weights under autocast, the states and the target's head in bfloat16."""
+    _, _, exact = setting(noise=0)
+    _, _, head = setting(noise=0)
+    head.teacher = TargetStates(train.Frozen(make_model(seed=1, initializer_range=0.2).to(torch.bfloat16), 400), examples[:24])
+    losses = [
+        run(model, examples[:24], eagle_objective(model.teacher), dtype=dtype)["loss"]
+        for model, dtype in ((exact, "float32"), (head, "bfloat16"))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05) and {p.dtype for p in head.parameters()} == {torch.float32}
+    accuracies = [training_accuracy(model, examples[:24], 400) for model in (exact, head)]
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=0.05)
+
+
 def test_resume_is_bit_for_bit(setting, examples, tmp_path, monkeypatch):
     """Noise and all: the states of the generators are in the checkpoint, the target's weights are not."""
     monkeypatch.setattr(train, "asked_to_stop", None)
