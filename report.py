@@ -106,6 +106,35 @@ def over_seeds(rows: list[dict]) -> str:
     return "\n".join([head, *grid(columns, lines)])
 
 
+def eagle_table(rows: list[dict]) -> str:
+    """EAGLE against EAGLE + AdaSPEC, means over seeds and what is gained seed by seed; "" where there is no EAGLE head."""
+    keys = "accuracy", "alpha", "tau", "tokens_per_second", "speedup", "seconds_per_response"
+    columns = "task | pair | T | draft | training accuracy | alpha | tau | tokens per second | speed-up | seconds per response"
+    found = {}
+    for row in rows:
+        if "accuracy" in row:
+            found.setdefault((row["task"], row["pair"], row["temperature"]), {}).setdefault(row["draft"], {})[row["seed"]] = row
+    if not found:
+        return ""
+
+    def cells(values):
+        return [interval(one) if 2 <= len(one) <= 10 else f"{statistics.mean(one):+.3f}" for one in values]
+
+    lines = []
+    for cell, drafts in found.items():
+        for draft, by_seed in drafts.items():
+            texts = [text.replace("+", "") for text in cells([row[key] for row in by_seed.values()] for key in keys)]
+            lines.append(" | ".join([*map(str, cell), draft, *texts]))
+            both = [seed for seed in by_seed if draft != "EAGLE" and seed in drafts.get("EAGLE", {})]
+            if both:
+                texts = cells([by_seed[seed][key] - drafts["EAGLE"][seed][key] for seed in both] for key in keys)
+                lines.append(" | ".join([*map(str, cell), "over EAGLE", *texts]))
+    seeds = len({row["seed"] for row in rows})
+    title = f"\nMeans over {seeds} seeds (95% interval of the mean over seeds, Student's t); training accuracy:"
+    what = "the share of the training rows' response tokens where head and target, teacher-forced, have the same argmax.\n"
+    return "\n".join([title, what, *grid(columns, lines)])
+
+
 def paper_alpha(row: dict) -> str:
     """The paper's alpha of a row's cell, "" where it has none: it has DistillSpec and AdaSPEC, and names no temperature."""
     pairs, drafts = ["pythia", "codegen"], ["DistillSpec", "AdaSPEC"]
@@ -251,7 +280,12 @@ def section(folder: Path) -> str:
         check_study(study)
         head = [f"### {study['title']}", study["note"], f"Protocol: {protocol(study)}"]
         commands = "\n".join(["```bash", *study["commands"], "```"])
-        parts += [*head, "\n".join(compact(study)), commands, f"Rows: [`results/{path.name}`](results/{path.name})."]
+        parts += [
+            *head,
+            eagle_table(study["rows"]).strip() or "\n".join(compact(study)),
+            commands,
+            f"Rows: [`results/{path.name}`](results/{path.name}).",
+        ]
     return "\n\n".join([KEY, *parts] if parts else ["No study yet: `python report.py add` makes one of a run's results."])
 
 

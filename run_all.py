@@ -46,6 +46,7 @@ import report
 import train
 from adaspec import select_tokens, token_kl
 from distillspec import DIVERGENCES
+from eagle import STATE_WEIGHT, TOKEN_WEIGHT, Eagle, TargetStates, eagle_objective, everything, training_accuracy
 from speculative import (
     Parser,
     Stats,
@@ -65,13 +66,15 @@ from speculative import (
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and a draft: names of pretrained models (Hub ids or folders), or GPT-NeoX sizes to train from scratch."""
+    """A target and a draft: names of pretrained models (Hub ids or folders), or GPT-NeoX sizes to train from scratch; EAGLE in
+    the draft's place is a head on the target."""
 
     target: str | dict
     draft: str | dict
     target_lr: float = 1e-5  # as in the official scripts
 
 
+EAGLE = "EAGLE head"
 PAIRS = {
     "pythia": Pair("EleutherAI/pythia-1.4b", "EleutherAI/pythia-31m"),
     "codegen": Pair("microsoft/phi-2", "Salesforce/codegen-350M-mono"),
@@ -85,7 +88,9 @@ PAIRS = {
         {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1},
         target_lr=1e-3,
     ),
+    "smollm2-eagle": Pair("HuggingFaceTB/SmolLM2-135M-Instruct", EAGLE),
 }
+PAIRS["tiny-eagle"] = replace(PAIRS["tiny"], draft=EAGLE)
 SCRATCH = {"lr": 2e-3, "epochs": 2, "batch_size": 16}  # pretraining of a pair that is given by sizes, on whole train rows
 SCRATCH_VOCABULARY = 512
 
@@ -98,11 +103,8 @@ RECIPES = {
     "cnn_dailymail": (16, {"pythia": (1e-4, (1, 10, 10)), "codegen": (1e-4, (1, 10, 10))}),
     "xsum": (16, {"pythia": (3e-4, (1, 10, 10)), "codegen": (1e-4, (1, 10, 10))}),
 }
-OTHER_LR = {
-    "tiny": 2e-3,
-    "tiny-wide": 2e-3,
-    "custom": 3e-4,
-}  # pairs that the paper does not have: 3 epochs, batch 16 for other tasks too
+# pairs that the paper does not have: 3 epochs, batch 16 for other tasks too
+OTHER_LR = {"tiny": 2e-3, "tiny-wide": 2e-3, "tiny-eagle": 2e-3, "custom": 3e-4}
 
 PRESETS = {
     "tiny": {
@@ -490,11 +492,14 @@ class Cell:
             self.tokenizer = data.train_tokenizer(texts, SCRATCH_VOCABULARY)
             self.names, sizes = [f"{pair_name}'s target", f"{pair_name}'s draft"], [self.pair.target, self.pair.draft]
             with torch.device("meta"):
-                self.models = [scratch_model(size, self.tokenizer, seed) for size in sizes]
+                self.models = [scratch_model(size, self.tokenizer, seed) for size in sizes if size != EAGLE]
         else:
-            self.names = [resolve(name, args.models_dir) for name in (self.pair.target, self.pair.draft)]
+            self.names = [resolve(name, args.models_dir) for name in (self.pair.target, self.pair.draft) if name != EAGLE]
             self.models = [check_model(name) for name in self.names]  # without weights
-            self.tokenizer = shared_tokenizer(*self.names)
+            self.tokenizer = shared_tokenizer(self.names[0], self.names[-1])
+        if self.pair.draft == EAGLE:
+            with torch.device("meta"):
+                self.names, self.models = [self.names[0], f"{pair_name}'s head"], [self.models[0], Eagle(self.models[0])]
         test_rows = {one: data.load_rows(one, args.split, args.data_dir, args.eval_prompts) for one in rows}
         for turn in (0, 1):  # rank 0 tokenises, the others read what it has written
             if turn == (train.rank() > 0):
@@ -516,6 +521,7 @@ class Cell:
                     f"{name} has a context of {context} tokens; --max-length is {args.max_length}, and the longest test prompt "
                     f"with --max-new-tokens {args.max_new_tokens} takes {longest}"
                 )
+        self.cached = everything(self.examples) if self.pair.draft == EAGLE else self.examples  # a head reads prompts too
         self.folder.mkdir(parents=True, exist_ok=True)
         self.serve = ""  # the commands that serve its last draft, once that is there
         self.sizes = {}  # rows of each data set that a stage was trained on, by digest
@@ -544,11 +550,16 @@ class Cell:
             how = {"vocab_size": len(self.tokenizer), "micro_batch": args.micro_batch, "name": f"{self.task} {name}"}
             checkpoints = train.Checkpoints(checkpoint_folder(folder), mark)
             how |= {"checkpoints": checkpoints, "save_minutes": args.save_minutes, "rewrite": rewrite, "refresh": refresh}
-            return model, train.train(model, examples, objective(), **hyper, **how)
+            summary = train.train(model, examples, objective(), **hyper, **how)
+            return model, summary | self.measured(model)
 
         settings = {"stage": name, "init": init, "data": data.digest(examples), **hyper, **made_of}
         self.sizes[settings["data"]] = len(examples)
         return stage(folder, settings, self.tokenizer, work)
+
+    def measured(self, model) -> dict:
+        """What a stage's summary is to say of the trained model beside what the loop does."""
+        return {}
 
     def load(self, path, dtype=torch.float32):
         # where there is no safetensors file, transformers reads the pickle by torch.load(weights_only=True)
@@ -650,21 +661,26 @@ class Cell:
         whole = [example._replace(prompt_length=0) for example in self.examples]  # loss on prompts too: a language model
         made = []
         for role, sizes, seed in (("target", self.pair.target, self.target_seed), ("draft", self.pair.draft, self.seed)):
+            if sizes == EAGLE:
+                continue
             make, how = functools.partial(scratch_model, sizes, self.tokenizer, seed), SCRATCH | {"seed": seed}
             made.append(self.fit(f"base-{role}", sizes, make, lambda: cross_entropy, **how, examples=whole))
         return made
 
+    def tuned(self, base):
+        """Stage 0: the target fine-tuned on the task, unless it is to be taken as it is."""
+        epochs, rate = self.plan["epochs"][0], self.pair.target_lr if self.args.target_lr is None else self.args.target_lr
+        if not epochs:
+            return base
+        how = {"lr": rate, "epochs": epochs, "seed": self.target_seed, "examples": self.examples}
+        return self.fit("target", base[1], functools.partial(self.load, base[0]), lambda: cross_entropy, **how)
+
     def run(self) -> list[dict]:
         """All stages that are not done yet, and the evaluation; returns the cell's rows of the table."""
         say(self.header)
-        args, lr, (target_epochs, reference_epochs, draft_epochs) = self.args, self.plan["lr"], self.plan["epochs"]
-        target, draft = self.bases()
-        if target_epochs:
-            path, mark = target
-            target_lr = self.pair.target_lr if args.target_lr is None else args.target_lr
-            start = functools.partial(self.load, path)
-            how = {"lr": target_lr, "epochs": target_epochs, "seed": self.target_seed}
-            target = self.fit("target", mark, start, lambda: cross_entropy, **how, examples=self.examples)
+        args, lr, (_, reference_epochs, draft_epochs) = self.args, self.plan["lr"], self.plan["epochs"]
+        base, draft = self.bases()
+        target = self.tuned(base)
 
         @functools.cache  # reference and DistillSpec draft have one recipe, and are one model where all else is equal
         def distil(method, base, part):
@@ -740,7 +756,7 @@ class Cell:
     def cache_bytes(self) -> int:
         """The size of the cache of the target's hidden states; 0 where --cache-gb has no room for it."""
         width = self.models[0].get_output_embeddings().weight.shape[1]
-        size = train.TokenCache(self.folder, "", self.examples, width, self.dtype).bytes
+        size = train.TokenCache(self.folder, "", self.cached, width, self.dtype).bytes
         return size if size <= self.args.cache_gb * 2**30 else 0
 
     def evaluation(self, target, drafts: dict, stages: dict, took: dict) -> list[dict]:
@@ -756,7 +772,7 @@ class Cell:
             return saved["rows"]
         models = {name: self.load(path, self.dtype) for name, (path, _) in drafts.items()}
         asked, started, rows, pictures = self.load(target[0], self.dtype), time.time(), [], []
-        drawn = next((method for method in self.args.methods if method.name == "adaspec"), None)
+        drawn = next((method for method in self.args.methods if method.name == "adaspec" and "base" in drafts), None)
         for one, test in self.test.items():
             where = {"task": one if one == self.task else f"{one} of {self.task}", "prompts": len(test)}
             where |= protocol | {"timed_prompts": min(self.args.timed_prompts, len(test)), "ranks": train.world_size()}
@@ -797,6 +813,93 @@ class Cell:
                 by_gap, by_loss = (rank_correlation(values, base - draft) for values in (base - reference, base))
                 found[label] = {"gap_correlation": by_gap, "loss_correlation": by_loss}
         return found
+
+
+class EagleCell(Cell):
+    """A cell whose drafts are EAGLE heads (eagle.py): trained on all response tokens for the method distillspec, and on
+    AdaSPEC's for the method adaspec, with a head of the first kind as the reference."""
+
+    def __init__(self, pair_name, *rest):
+        super().__init__(pair_name, *rest)
+        for method in self.args.methods:
+            if other := set(method.settings()) - {"k", "lr", "epochs", "reference_epochs"}:
+                raise ValueError(
+                    f"{pair_name}: an EAGLE head is trained by distillspec or adaspec with k, lr, epochs or reference_epochs, "
+                    f"not by {method} ({', '.join(sorted(other))})"
+                )
+
+    def run(self) -> list[dict]:
+        say(self.header)
+        args, lr, (_, reference_epochs, draft_epochs) = self.args, self.plan["lr"], self.plan["epochs"]
+        self.target = self.tuned(self.bases()[0])
+        stages = {}
+        uniform = functools.cache(lambda lr, epochs: self.head(f"eagle-{epochs}-epochs-lr-{lr}", lr, epochs))
+        for method in args.methods:
+            own_lr, epochs, settings = method.lr or lr, method.epochs or draft_epochs, method.settings()
+            label = " ".join(["EAGLE", *(f"{key}={value}" for key, value in settings.items())])
+            if method.name == "distillspec":
+                stages[label] = [uniform(own_lr, epochs)]
+                continue
+            reference = uniform(lr, method.reference_epochs or reference_epochs)
+            name = "-".join(["eagle-adaspec", *(f"{key}-{value}" for key, value in settings.items())])
+            made = self.head(name, own_lr, epochs, reference, method.k)
+            stages[label.replace("EAGLE", "EAGLE + AdaSPEC")] = [reference, made]
+        drafts = {label: made[-1] for label, made in stages.items()}
+        took = {label: self.took(made) for label, made in stages.items()}
+        for label, (folder, _) in drafts.items():
+            took[label]["accuracy"] = read(folder / "stage.json")["summary"]["accuracy"]
+        rows = self.evaluation(self.target, drafts, stages, took)
+        if train.rank() == 0:
+            for kind in ("target", "reference"):
+                shutil.rmtree(self.folder / f"cache-{kind}", ignore_errors=True)
+        return rows
+
+    def head(self, name, lr, epochs, reference=None, k=1.0):
+        """The stage of one head, with a reference on the top k of the tokens."""
+        states = functools.cache(lambda: TargetStates(self.teacher(self.target, self.cached), self.examples))
+
+        def make():
+            torch.manual_seed(self.seed)
+            head = Eagle(self.load(self.target[0]))
+            head.teacher = states()
+            return head
+
+        def objective():
+            if reference is None:
+                return eagle_objective(states())
+            asked = self.frozen(reference[0])
+            asked.model.teacher = states()
+
+            def reference_kl(batch):
+                return asked.head.per_token(asked.hidden(batch), target_logits(states(), batch), token_kl)
+
+            cache = self.cache("reference", self.examples, self.target[1] + reference[1], 1, torch.float32)
+            if not cache:
+                return eagle_objective(states(), reference_kl, k)
+            fill = self.rows_at_once(), f"{self.task} reference cache", self.args.save_minutes
+            cache.fill(reference_kl, self.device, *fill)
+            return eagle_objective(states(), lambda batch: cache.read(batch).squeeze(1), k)
+
+        made_of = {"target": self.target[1], "source": ["ground-truth"], "weights": [STATE_WEIGHT, TOKEN_WEIGHT]}
+        if reference:
+            made_of |= {"reference": reference[1], "k": k}
+            if self.args.micro_batch:  # the quantile is then over the micro-batches that the ranks process together
+                made_of |= {"micro_batch": self.args.micro_batch, "ranks": train.world_size()}
+        return self.fit(name, EAGLE, make, objective, lr, epochs, self.examples, **made_of)
+
+    def measured(self, model) -> dict:
+        if not isinstance(model, Eagle):
+            return {}
+        return {"accuracy": training_accuracy(model, self.examples, len(self.tokenizer), self.rows_at_once())}
+
+    def load(self, path, dtype=torch.float32):
+        if Path(path, "eagle.json").is_file():
+            return Eagle.from_pretrained(path, super().load(self.target[0], dtype))
+        return super().load(path, dtype)
+
+
+def make_cell(pair: str, *rest) -> Cell:
+    return (EagleCell if pair in PAIRS and PAIRS[pair].draft == EAGLE else Cell)(pair, *rest)
 
 
 # Evaluation
@@ -841,7 +944,7 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
                     values += new if isinstance(new, list) else new.tolist()
         parts = train.gather_objects(found)
         gammas = sorted({args.gamma, *args.timed_gammas})
-        speedups, costs = timings(target, drafts, timed, temperature, gammas, seed, common, bar)
+        speeds, costs = timings(target, drafts, timed, temperature, gammas, seed, common, bar)
         for draft in drafts:
             every = ([value for part in parts for value in part[draft][i]] for i in range(5))
             by_prompt, lengths, overlap, agree, ratio = every
@@ -849,8 +952,10 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
             interval = bootstrap_interval([s.accepted for s in by_prompt], [s.accepted + s.rejected for s in by_prompt])
             row = {"temperature": temperature, "draft": draft, "alpha": stats.alpha, "alpha_interval": interval}
             row |= {"tau": stats.tau, "expected_acceptance": sum(overlap) / len(overlap)}
-            by_gamma = {str(n): speedups.get((draft, n)) for n in gammas}  # keys as JSON has them
-            row |= {"agreement": sum(agree) / len(agree), "speedup": by_gamma[str(args.gamma)], "speedup_by_gamma": by_gamma}
+            row |= {"agreement": sum(agree) / len(agree), **speeds.get((draft, args.gamma), {})}
+            row |= {
+                "speedup_by_gamma": {str(n): speeds[draft, n]["speedup"] for n in gammas if speeds}
+            }  # keys as JSON has them
             simulated = (simulate_rounds(torch.tensor(ratio), lengths, n, args.max_new_tokens) for n in GAMMAS)
             row |= {"tau_by_gamma": {str(n): each.tau for n, each in zip(GAMMAS, simulated, strict=True)}}
             row |= {"cost_ratio": costs.get(draft), "scoring_ratio": {str(n): costs.get(n) for n in GAMMAS}}
@@ -879,16 +984,18 @@ def response(tokens, prompt, end: int) -> data.Example:
 
 
 def timings(target, drafts, prompts, temperature, gammas, seed, common, bar) -> tuple[dict, dict]:
-    """(draft, gamma) -> its speed-up over the target alone, tokens per second over tokens per second; and what a step of each
-    draft, and the target's scoring of gamma + 1 positions, cost in units of a target step: draft or gamma -> ratio of seconds.
+    """(draft, gamma) -> its speed-up over the target alone (tokens per second over tokens per second), tokens per second and
+    seconds per response; and what a step of each draft, and the target's scoring of gamma + 1 positions, cost in units of a
+    target step: draft or gamma -> ratio of seconds (not of EAGLE heads, which take no step alone).
     Medians over prompts (other work on the machine spoils a sum), measured in turn on rank 0 ({} elsewhere)."""
     if train.rank() != 0:
         return {}, {}
     alone, device = (object(), 0), target.device
-    rates, costs = {turn: [] for turn in (alone, *itertools.product(drafts, gammas))}, []
+    taken, tokens = ({turn: [] for turn in (alone, *itertools.product(drafts, gammas))} for _ in range(2))
+    steps, costs = {draft: model for draft, model in drafts.items() if not hasattr(model, "lanes")}, []
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first one twice: its first run is the warm-up
         train.check_stop()
-        for (draft, gamma), found in rates.items():
+        for (draft, gamma), found in taken.items():
             sampling = {"temperature": temperature, "generator": torch.Generator(device).manual_seed(seed + number), **common}
             start = clock(device)
             if gamma:
@@ -896,15 +1003,24 @@ def timings(target, drafts, prompts, temperature, gammas, seed, common, bar) -> 
             else:
                 sequences = autoregressive_generate(target, prompt, **sampling)
             if number:
-                found.append((sequences.shape[1] - prompt.shape[1]) / (clock(device) - start))
+                found.append(clock(device) - start)
+                tokens[draft, gamma].append(sequences.shape[1] - prompt.shape[1])
         if number:
             costs.append(
-                step_seconds([(target, 1 + n) for n in (0, *GAMMAS)] + [(draft, 1) for draft in drafts.values()], prompt)
+                step_seconds([(target, 1 + n) for n in (0, *GAMMAS)] + [(model, 1) for model in steps.values()], prompt)
             )
         bar.update(bool(number))
-    speedups = {turn: statistics.median(a / b for a, b in zip(rates[turn], rates[alone], strict=True)) for turn in rates}
+    rates = {turn: [n / seconds for n, seconds in zip(tokens[turn], taken[turn], strict=True)] for turn in taken}
+    speeds = {
+        turn: {
+            "speedup": statistics.median(ours / theirs for ours, theirs in zip(rates[turn], rates[alone], strict=True)),
+            "tokens_per_second": statistics.median(rates[turn]),
+            "seconds_per_response": statistics.median(taken[turn]),
+        }
+        for turn in taken
+    }
     ratios = [statistics.median(seconds[i] / seconds[0] for seconds in costs) for i in range(1, len(costs[0]))]
-    return speedups, dict(zip((*GAMMAS, *drafts), ratios, strict=True))
+    return speeds, dict(zip((*GAMMAS, *steps), ratios, strict=True))
 
 
 def step_seconds(turns, prompt, repeats: int = 3) -> list[float]:
@@ -1111,7 +1227,7 @@ def preflight(args, device) -> None:
     lines, kept, passing, memory = [], 0, 0, 0
     for pair in args.pairs:
         for task in args.tasks:
-            cell = Cell(pair, task, args.seeds[0], args, device)  # seeds differ in nothing that is checked here
+            cell = make_cell(pair, task, args.seeds[0], args, device)  # seeds differ in nothing that is checked here
             (target_epochs, *epochs), batch = cell.plan["epochs"], cell.plan["batch_size"]
             check_usable(cell)
             rows = len(cell.examples)
@@ -1187,10 +1303,11 @@ def main(argv=None) -> None:
         for pair in args.pairs:
             for task in args.tasks:
                 for seed in args.seeds:
-                    cell = Cell(pair, task, seed, args, device)
+                    cell = make_cell(pair, task, seed, args, device)
                     rows += cell.run()
                     path = write_results(args, started) if train.rank() == 0 else None
-    say(f"\n{report.table(rows)}\n{report.over_seeds(rows)}\nResults: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/")
+    where = f"Results: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/"
+    say("\n".join(["", report.table(rows), report.over_seeds(rows), report.eagle_table(rows), where]))
     say(cell.serve)
     if train.rank() == 0 and importlib.util.find_spec("matplotlib"):
         results, folder = read(path), Path(args.out, "figures")

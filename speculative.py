@@ -129,6 +129,8 @@ class _Lane:
     position_ids, no gather.
     """
 
+    ready = True  # whether it can draft before the target has read the prompt
+
     def __init__(self, model, input_ids, prompt_mask, vocab_size, last_position):
         from transformers import DynamicCache  # the one thing the library part needs of transformers
 
@@ -154,8 +156,17 @@ class _Lane:
             positions = self.mask.cumsum(1)[:, -n:] - 1
             # Clamped, since a row near its end is fed drafts it cannot use, perhaps beyond the model's last position.
             masked = {"attention_mask": self.mask, "position_ids": positions.clamp_(0, self.last_position)}
-        output = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=keep, **masked)
-        return output.logits[:, -keep:, : self.vocab_size]
+        return self.call(tokens, keep, **masked)[:, -keep:, : self.vocab_size]
+
+    def call(self, tokens: torch.Tensor, keep: int, **inputs) -> torch.Tensor:
+        """The model's logits; eagle.py's lanes also take or pass on hidden states here."""
+        output = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=keep, **inputs)
+        return output.logits
+
+    def advance(self, texts: list[list[int]], lag: int, rows: list[int] | None) -> torch.Tensor:
+        """After a round: keep all but the last `lag` tokens of the rows that go on; returns those, to be fed next, [B, lag]."""
+        self.rollback([len(text) - lag for text in texts], rows)
+        return torch.tensor([text[-lag:] for text in texts], device=self.device)
 
     def rollback(self, keep: list[int], rows: list[int] | None = None) -> None:
         """Drop all rows but `rows` (None: none), then the newest tokens of each until row b holds keep[b] of them."""
@@ -309,7 +320,8 @@ def speculative_generate(
 
     Args:
         target, draft: models with full attention and rotary or learned positions, on one device, with one tokenizer;
-            run in evaluation mode and left as they were. draft=None: the target alone, one token a call.
+            run in evaluation mode and left as they were. draft=None: the target alone, one token a call. A draft that
+            has `lanes` of its own, such as an EAGLE head (eagle.py), is driven by those.
         input_ids: [B, T]. attention_mask: [B, T], 0 on left padding.
         max_new_tokens: per row, the end token included. gamma: tokens drafted a round.
         temperature, top_k, top_p: 0 = greedy, 0 = off, 1 = off; applied in that order to both models.
@@ -334,7 +346,8 @@ def speculative_generate(
     lenient = None if lenience == 1 else lambda p: LENIENCE[lenience_fn](p, lenience)
     gamma = 0 if draft is None else gamma
     device, width, sampling = input_ids.device, input_ids.shape[1], (temperature, top_k, top_p)
-    lanes = [_Lane(model, input_ids, mask, vocab_size, width + max_new_tokens - 1) for model in models]
+    prompt = input_ids, mask, vocab_size, width + max_new_tokens - 1
+    lanes = draft.lanes(target, *prompt) if hasattr(draft, "lanes") else [_Lane(model, *prompt) for model in models]
     target_lane, draft_lane = lanes[0], lanes[-1]
 
     starts = [width] * len(input_ids) if mask is None else mask.sum(1).tolist()
@@ -345,7 +358,8 @@ def speculative_generate(
     with _inference(*models):
         while rows:
             # A row's last token is always the target's own, so with r to go it can use r - 1 drafts at most.
-            limits = [min(gamma, starts[row] + max_new_tokens - len(text[row]) - 1) for row in rows]
+            most = gamma if draft_lane.ready else 0
+            limits = [min(most, starts[row] + max_new_tokens - len(text[row]) - 1) for row in rows]
             g = max(limits)
             # The round's draws all at once: g drafts, g accept tests, 1 token of the target's own (greedy needs none).
             uniforms = torch.empty(len(rows), 2 * g + 1 if temperature > 0 else 0, device=device, dtype=torch.float64)
@@ -380,11 +394,10 @@ def speculative_generate(
             survivors = None if len(alive) == len(rows) else alive
             rows = [rows[i] for i in alive]
             if rows:
-                target_lane.rollback([len(text[row]) - 1 for row in rows], survivors)
-                target_next = torch.tensor([text[row][-1:] for row in rows], device=device)
+                unfinished = [text[row] for row in rows]
+                target_next = target_lane.advance(unfinished, 1, survivors)
                 if gamma:  # all rows are fed alike: if one lacks two tokens, the others give up one more
-                    draft_lane.rollback([len(text[row]) - lag for row in rows], survivors)
-                    draft_next = torch.tensor([text[row][-lag:] for row in rows], device=device)
+                    draft_next = draft_lane.advance(unfinished, lag, survivors)
 
     for row_stats in stats:
         row_stats.check()
@@ -439,7 +452,11 @@ def expected_acceptance(
             if not len(columns):
                 continue
             context = ids[:, : columns[-1] + 1]
-            both = [model(context, use_cache=False, logits_to_keep=columns).logits for model in (target, draft)]
+            given = draft.given(target, context) if hasattr(draft, "given") else {}  # a head reads the target's states too
+            both = [
+                model(context, use_cache=False, logits_to_keep=columns, **more).logits
+                for model, more in ((target, {}), (draft, given))
+            ]
             where = wanted[:, columns].nonzero(as_tuple=True)
             for row, column in zip(*(index.split(512) for index in where), strict=True):
                 p, q = (logits[row, column, :vocab_size] for logits in both)

@@ -205,7 +205,10 @@ def micro_batches(rows: list[int], micro_batch: int | None) -> list[list[int]]:
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """The trunk's output (after the final norm) where it predicts a response token, [N, d]."""
+    """The trunk's output (after the final norm) where it predicts a response token, [N, d]; a model that reads more than tokens
+    has `response_states(batch)` to give it (eagle.py)."""
+    if hasattr(model, "response_states"):
+        return model.response_states(batch)
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, batch.index)  # (boolean indexing has a serial backward on CPU)
 
@@ -225,6 +228,8 @@ class Head:
             )
 
     def check(self, model: nn.Module) -> None:
+        if hasattr(model, "response_states"):  # its head is its target's, which is checked with the target
+            return
         weight, mode = self.linear.weight, model.training
         index = torch.arange(8, device=weight.device)
         ids = index[None] % self.vocab_size
@@ -310,7 +315,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     total += summed.detach()
                 logits[len(part) :] = 0
                 grads[0].index_copy_(0, part, (logits @ head[0])[: len(part)].to(hidden.dtype))
-                grads[1] += logits.t() @ F.pad(states, (0, 0, 0, len(logits) - len(part)))
+                if ctx.needs_input_grad[1]:  # not where the head is another model's, and frozen
+                    grads[1] += logits.t() @ F.pad(states, (0, 0, 0, len(logits) - len(part)))
                 if bias is not None:
                     grads[2] += logits.sum(0, dtype=bias.dtype)
         ctx.save_for_backward(*grads)

@@ -60,10 +60,12 @@ class _TreeLane(_Lane):
         """Feed tokens [n], of which each sees the slots `seen` [n, slots + n]; logits [keep, vocab_size] at the last ones."""
         mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device).masked_fill_(~seen, -math.inf)
         position = seen.sum(-1) - 1  # whoever sees n tokens and itself stands at position n
-        output = self.model(torch.as_tensor(tokens, device=self.device)[None], attention_mask=mask[None, None],
-                            position_ids=position[None], past_key_values=self.cache, use_cache=True,
-                            logits_to_keep=keep)  # fmt: skip
-        return output.logits[0, -keep:, : self.vocab_size]
+        tokens = torch.as_tensor(tokens, device=self.device)[None]
+        logits = self.call(tokens, keep, attention_mask=mask[None, None], position_ids=position[None])
+        return logits[0, -keep:, : self.vocab_size]
+
+    def descend(self, parents: torch.Tensor) -> None:
+        """Told before a level is fed which of the nodes fed last are its parents, [n]; only an EAGLE head asks (eagle.py)."""
 
     def rollback(self, n: int, path: list[int]) -> None:
         """Keep the first n slots and those of the path (slots it never had aside); drop the rest."""
@@ -139,10 +141,15 @@ def tree_generate(
     ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     sampling, text, stats = (temperature, top_k, top_p), input_ids[0].tolist(), Stats()
     limit = len(text) + max_new_tokens
-    lanes = target_lane, draft_lane = [_TreeLane(model, input_ids, vocab_size) for model in (target, draft)]
+    prompt = input_ids, vocab_size
+    if hasattr(draft, "tree_lanes"):
+        lanes = target_lane, draft_lane = draft.tree_lanes(target, *prompt)
+    else:
+        lanes = target_lane, draft_lane = [_TreeLane(model, *prompt) for model in (target, draft)]
     with _inference(target, draft):
         while True:
             n, depth = len(text), min(len(branching), limit - len(text) - 1)  # a round's last token is the target's own
+            depth = depth if draft_lane.ready else 0
             tokens, kids, q = text[-1:], [[]], []  # by node, level by level; node 0 is the last token of the text
             parents, level, seen = [0], text[draft_lane.cache.get_seq_length() :], [draft_lane.causal(n)]
             for b in branching[:depth]:
@@ -154,6 +161,7 @@ def tree_generate(
                     drafts = logits.topk(min(b, vocab_size)).indices
                     exist = torch.ones_like(drafts, dtype=torch.bool)
                 level, parent = drafts[exist], exist.nonzero()[:, 0]
+                draft_lane.descend(parent)
                 itself = torch.eye(len(level), dtype=torch.bool, device=level.device)
                 seen.append(torch.cat([seen[-1][-len(parents) :][parent], itself], 1))
                 for i, token in zip(parent.tolist(), level.tolist(), strict=True):
