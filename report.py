@@ -156,8 +156,8 @@ MORE = {"gap_correlation": "gap foretells", "loss_correlation": "loss foretells"
 
 
 KEY = """alpha: mean over tasks and seeds; gains: paired by task and seed, with the 95% interval over seeds (Student's t) where
-there are several; what training took: mean over cells, the reference's included; gap (loss) foretells: rank correlation, over the
-tokens of held-out rows, of the gap (of the loss alone) before stage 2 with how far the draft's loss then falls."""
+there are several; what training took: mean over cells, the reference's included; gap (loss) foretells: rank correlation, over
+the tokens of held-out rows, of the gap (of the loss alone) before stage 2 with how far the draft's loss then falls."""
 
 
 def machine() -> str:
