@@ -1049,7 +1049,9 @@ def difference(ours: Path, theirs: Path) -> str | None:
         if path.read_bytes() != models[1][name].read_bytes():
             return str(name)
     results = [json.loads(Path(out, "results.json").read_text()) for out in (ours, theirs)]
-    times = dict.fromkeys(("speedup", "speedup_by_gamma", "cost_ratio", "scoring_ratio", "seconds"))
+    times = dict.fromkeys(
+        "speedup speedup_by_gamma tokens_per_second seconds_per_response cost_ratio scoring_ratio seconds".split()
+    )
     rows = [[row | times for row in result["rows"]] for result in results]
     return None if rows[0] == rows[1] else "results.json"
 

@@ -365,11 +365,11 @@ def collate(examples: Sequence[Example], multiple: int = 32) -> tuple[Tensor, Te
     return input_ids, labels
 
 
-def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, ranks: int = 1) -> list[list[int]]:
     """One epoch's batches of row indices, each row once: seeded, of similar lengths inside a batch, in random order.
 
     The rows are dealt to ceil(N / batch_size) batches whose sizes differ by at most one, so that no stray last batch of two
-    rows takes an optimiser step of its own.
+    rows takes an optimiser step of its own; to one batch less where they would have fewer rows than there are ranks.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -377,7 +377,8 @@ def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> l
     order = np.concatenate(
         [w[np.argsort(-np.asarray(lengths)[w], kind="stable")] for w in np.split(order, range(window, len(order), window))]
     )
-    groups = np.array_split(order, -(-len(order) // batch_size))
+    count = -(-len(order) // batch_size)
+    groups = np.array_split(order, count if len(order) // count >= ranks else max(count - 1, 1))
     return [groups[i].tolist() for i in rng.permutation(len(groups))]
 
 

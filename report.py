@@ -177,12 +177,16 @@ def distinct(rows: list[dict], key: str) -> list:
 def check_study(study: dict) -> None:
     """Raises ValueError, in one line, where the rows of a study are not the whole of one comparison."""
     name, rows, cells = f"study {study['study']}", study["rows"], {}
+    if missing := [key for key in ("title", "note", "commands", "machine") if not study.get(key)]:
+        raise ValueError(f"{name} has no {missing[0]}")
     if not rows:
         raise ValueError(f"{name} has no rows: give results.json of runs that have finished a cell")
     for row in rows:
         if missing := [key for key in NEEDED if row.get(key) is None]:
             raise ValueError(f"{name}: a row has no {', '.join(missing)}; run its cell again with this run_all.py")
         cells.setdefault((row["pair"], row["draft"]), []).append((row["temperature"], row["task"], row["seed"]))
+    if 0 < sum("accuracy" in row for row in rows) < len(rows):
+        raise ValueError(f"{name} has EAGLE heads and other drafts; make a study of each")
     for key in ONE:
         if len(values := distinct(rows, key)) > 1:
             raise ValueError(f"{name} has rows of {key} {' and '.join(map(str, values))}; a study has one {key}")
@@ -203,7 +207,8 @@ def mean_of(key: str, rows: list[dict]) -> float:
 
 def baselines(study: dict) -> list[str]:
     """The drafts that gains are over."""
-    found = "AdaSPEC" if any(row["draft"] == "AdaSPEC" for row in study["rows"]) else "DistillSpec"
+    drafts = {row["draft"] for row in study["rows"]}
+    found = next((name for name in ("AdaSPEC", "DistillSpec", "EAGLE") if name in drafts), "DistillSpec")
     return study.get("baseline", found).split(",")
 
 
@@ -309,7 +314,7 @@ def smaller(value):
 
 def portable(command: str) -> str:
     """A command without the folders of the machine it ran on."""
-    return shlex.join(["python", *(re.sub("^(--[a-z-]+=)?/(.*/)?", r"\1", word.rstrip("/")) for word in shlex.split(command))])
+    return shlex.join(re.sub("^(--[a-z-]+=)?/(.*/)?", r"\1", word.rstrip("/")) for word in shlex.split(command))
 
 
 def load_results(path) -> dict:
@@ -331,9 +336,9 @@ def add(args, folder: Path) -> Path:
     study = {"study": args.name, "title": args.title, "note": args.note}
     study |= {key: getattr(args, key) for key in ("baseline", "order") if getattr(args, key) is not None}
     for path, run in zip(args.results, runs, strict=True):
-        if missing := [key for key in ("command", "machine") if not run.get(key) and not getattr(args, key, None)]:
+        if missing := [key for key in ("commands", "machine") if not run.get(key) and not getattr(args, key, None)]:
             raise ValueError(f"{path} does not say its {missing[0]}" + "; give --machine" * (missing[0] == "machine"))
-    study["commands"] = list(dict.fromkeys(portable(run["command"]) for run in runs))
+    study["commands"] = list(dict.fromkeys(portable(command) for run in runs for command in run["commands"]))
     study["machine"] = args.machine or ", ".join(dict.fromkeys(run["machine"] for run in runs))
     known = "git", "python", "torch", "transformers"
     study |= {key: ", ".join(dict.fromkeys(run[key] for run in runs if key in run)) for key in known}

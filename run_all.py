@@ -7,8 +7,9 @@
 Each cell (pair, task, seed) is a folder of stages: target fine-tuned, reference distilled (stage 1), DistillSpec draft, AdaSPEC
 draft (stage 2), evaluation. A stage is a Hugging Face folder plus `stage.json`, which says what made it; a finished one is
 used again, and a changed setting re-runs what depends on it. AdaSPEC's quantile is taken over the response tokens of all ranks
-together (the official code takes it on each GPU alone), so that the number of GPUs changes nothing; with `--micro-batch` it is
-taken over the micro-batches that all ranks process at the same time.
+together (the official code takes it on each GPU alone), so that the number of GPUs changes nothing (but for what is drawn at
+random on each: responses that models write, an EAGLE head's noise); with `--micro-batch` it is taken over the micro-batches
+that all ranks process at the same time.
 """
 
 import argparse
@@ -196,10 +197,6 @@ class Method:
         """What is not as usual."""
         return {key: getattr(self, key) for key, value in self.usual(self.name).items() if getattr(self, key) != value}
 
-    def source(self) -> list:
-        """What stands for the data in a fingerprint."""
-        return [self.data, *([self.share, self.refresh] if self.data in REWRITTEN else [])]
-
     def __str__(self) -> str:
         return " ".join([LABELS[self.name], *(f"{key}={value}" for key, value in self.settings().items())])
 
@@ -214,10 +211,13 @@ class Method:
         kinds = {f.name: str(f.type) for f in fields(cls) if f.name != "name"}
         if name != "adaspec":
             flags = {key: flags[key] for key in ("divergence", "data") if name == "distillspec" and key in flags}
-        chosen = dict(flags)
+        chosen, named = dict(flags), set()
         for setting in settings:
             key, _, value = setting.partition("=")
             one_of(kinds)(key)
+            if key in named:
+                raise ValueError(f"{key} is there twice")
+            named.add(key)
             chosen[key] = float(value) if "float" in kinds[key] else int(value) if "int" in kinds[key] else value
             cls(name).check_key(key)
         return cls(name, **cls.usual(name) | chosen)
@@ -294,7 +294,7 @@ def distillation(target, divergence: str = "fkl"):
 
 
 def fraction_kept(k: float, k_end: float | None, progress: float) -> float:
-    """The adaptive filter: k at the first step, k_end at the last, a straight line between (None: k throughout)."""
+    """The adaptive filter: from k at the first step (progress 0) in a straight line to k_end (at 1); None: k throughout."""
     return k if k_end is None else k + (k_end - k) * progress
 
 
@@ -335,6 +335,11 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def command_line() -> str:
+    ranks = f"torchrun --nproc_per_node {train.world_size()}" if "RANK" in os.environ else "python"
+    return f"{ranks} {shlex.join(sys.argv)}"
 
 
 def fingerprint(settings: dict) -> str:
@@ -470,7 +475,7 @@ def serving(target, draft, gamma: int, folder: Path) -> str:
 
 def folder_name(kind: str, method: Method, part: str, base, draft) -> str:
     """The folder of what was trained on all rows, or on those of the task `part` of a mixed one, from `base` or the `draft`."""
-    after = f"after-{base[0].name}" if base != draft else ""
+    after = f"after-{base[1]}" if base != draft else ""
     return "-".join([kind, *filter(None, [part, after]), *(f"{key}-{value}" for key, value in method.settings().items())])
 
 
@@ -482,7 +487,7 @@ class Cell:
         self.pair_name, self.task, self.seed, self.args, self.device = pair_name, task, seed, args, device
         self.pair = Pair(args.target, args.draft) if pair_name == "custom" else PAIRS[pair_name]
         own = f"custom-{Path(args.target).name}-{Path(args.draft).name}" if pair_name == "custom" else pair_name
-        self.folder = Path(args.out, own, task, f"seed{seed}")
+        self.own_name, self.folder = own, Path(args.out, own, task, f"seed{seed}")
         self.target_seed = seed if args.target_seed is None else args.target_seed
         self.plan, self.dtype = recipe(task, pair_name, args), train.DTYPES[args.dtype]
         rows = {one: data.load_rows(one, "train", args.data_dir, args.limit) for one in task.split("+")}
@@ -577,9 +582,11 @@ class Cell:
         say(f"  {kind} cache: {made.bytes / 2**30:.3f} GiB" + ("" if fits else ", too large: computed anew in every step"))
         return made if fits else None
 
-    def teacher(self, target, examples):
+    def teacher(self, target, examples, *losses: str):
         """The target (path, fingerprint), run over the examples once if its hidden states fit into a cache; `examples` is None
-        where they change as training goes on."""
+        where they change as training goes on. None where all of the losses do without it."""
+        if set(losses) == {"ce"}:
+            return None
         path, mark = target
         teacher = self.frozen(path)
         if self.args.shard_target:
@@ -589,23 +596,28 @@ class Cell:
             teacher.use(cache, self.rows_at_once(), f"{self.task} target cache", self.args.save_minutes)
         return teacher
 
-    def distillation(self, target, examples, divergence: str):
-        return distillation(self.teacher(target, examples), divergence)
-
     def selection(self, target, reference, examples, method: Method):
         """Stage 2's objective, with the reference's loss per token in a cache too."""
-        teacher, asked = self.teacher(target, examples), self.frozen(reference[0])
+        teacher, asked = self.teacher(target, examples, method.divergence, method.gap), self.frozen(reference[0])
         how = {key: getattr(method, key) for key in ("k", "k_end", "divergence", "gap", "select")}
 
         def reference_loss(batch):
             return asked.head.per_token(asked.hidden(batch), *loss_of(method.gap, teacher, batch))
 
-        cache = examples and self.cache("reference", examples, target[1] + reference[1] + method.gap, 1, torch.float32)
+        kept = self.kept(reference_loss, target[1] + reference[1] + method.gap, examples)
+        return selective_distillation(teacher, kept, **how)
+
+    def kept(self, reference_loss, of: str, examples):
+        """The reference's loss by batch, from a cache too where it is of fixed examples and fits."""
+        cache = examples and self.cache("reference", examples, of, 1, torch.float32)
         if not cache:
-            return selective_distillation(teacher, reference_loss, **how)
-        fill = self.rows_at_once(), f"{self.task} reference cache", self.args.save_minutes
-        cache.fill(reference_loss, self.device, *fill)
-        return selective_distillation(teacher, lambda batch: cache.read(batch).squeeze(1), **how)
+            return reference_loss
+        cache.fill(reference_loss, self.device, self.rows_at_once(), f"{self.task} reference cache", self.args.save_minutes)
+        return lambda batch: cache.read(batch).squeeze(1)
+
+    def quantile_over(self) -> dict:
+        """For the fingerprint of a stage that selects: with --micro-batch, over what the ranks process together."""
+        return {"micro_batch": self.args.micro_batch, "ranks": train.world_size()} if self.args.micro_batch else {}
 
     def responses(self, model, examples, rows: list[int], seed: int) -> list[data.Example]:
         """These rows of the examples with responses that `model` writes, sampled at temperature 1."""
@@ -637,11 +649,12 @@ class Cell:
         return data.read_examples(file)[0]
 
     def source(self, method: Method, target, examples) -> dict:
-        """What `fit` is to be told of the method's data: its `examples`, and how they are rewritten as training goes on."""
+        """What `fit` is to be told of the method's data: its `examples`, how they are rewritten as training goes on, and in
+        `source` what stands for that in a fingerprint."""
         if method.data == "ground-truth":
-            return {"examples": examples}
+            return {"examples": examples, "source": ["ground-truth"]}
         if method.data == "target":
-            return {"examples": self.written_by_target(target, examples)}
+            return {"examples": self.written_by_target(target, examples), "source": ["target"]}
 
         def rewrite(model, rows, step):
             drawn = np.random.default_rng([self.seed, step]).random(len(examples))
@@ -649,7 +662,9 @@ class Cell:
             fresh = dict(zip(own, self.responses(model, examples, own, self.seed * 1_000_003 + step), strict=True))
             return [fresh.get(row, examples[row]) for row in rows]
 
-        return {"examples": examples, "rewrite": rewrite, "refresh": method.refresh}
+        flags = self.args.max_new_tokens, self.args.max_length, self.args.eval_batch, train.world_size()
+        source = [method.data, method.share, method.refresh, *flags]
+        return {"examples": examples, "rewrite": rewrite, "refresh": method.refresh, "source": source}
 
     def rows_at_once(self) -> int:
         return self.args.micro_batch or self.plan["batch_size"]
@@ -685,11 +700,14 @@ class Cell:
         @functools.cache  # reference and DistillSpec draft have one recipe, and are one model where all else is equal
         def distil(method, base, part):
             source = self.source(method, target, self.part(part))
-            made_of = {"target": target[1], "divergence": method.divergence, "source": method.source()}
+            made_of = {"target": target[1], "divergence": method.divergence}
             kind = "best" if method.name == "best" else "distilled"
             name = folder_name(f"{kind}-{method.epochs}-epochs", replace(method, epochs=None), part, base, draft)
             fixed = None if "rewrite" in source else source["examples"]
-            objective = functools.partial(self.distillation, target, fixed, method.divergence)
+
+            def objective():
+                return distillation(self.teacher(target, fixed, method.divergence), method.divergence)
+
             how = {"lr": method.lr or lr, "decay": method.decay, "epochs": method.epochs, "batch_size": method.batch}
             how |= source | made_of
             return self.fit(name, base[1], functools.partial(self.load, base[0]), objective, **how)
@@ -703,10 +721,9 @@ class Cell:
             recipe = {"divergence": method.reference, "data": fixed, "epochs": method.reference_epochs or reference_epochs}
             reference = distil(Method("distillspec", **recipe), base, part)
             source = self.source(method, target, self.part(part))
-            made_of = {"target": target[1], "reference": reference[1], "source": method.source()}
+            made_of = {"target": target[1], "reference": reference[1]}
             made_of |= {key: getattr(method, key) for key in ("k", "k_end", "divergence", "gap", "select")}
-            if args.micro_batch:  # the quantile is then over the micro-batches that the ranks process together
-                made_of |= {"micro_batch": args.micro_batch, "ranks": train.world_size()}
+            made_of |= self.quantile_over()
             made_of |= self.matching(method, epochs, len(source["examples"]))
             made_of |= {"lr": method.lr or lr, "decay": method.decay} | source
             fixed = None if "rewrite" in source else source["examples"]
@@ -724,9 +741,12 @@ class Cell:
         rows = self.evaluation(target, drafts, stages, took)
         if train.rank() == 0:
             self.serve = serving(target[0], [*drafts.values()][-1][0], args.gamma, self.folder / "serve")
-            for kind in ("target", "reference"):
-                shutil.rmtree(self.folder / f"cache-{kind}", ignore_errors=True)
+        self.drop_caches()
         return rows
+
+    def drop_caches(self) -> None:
+        for kind in ("target", "reference") if train.rank() == 0 else ():
+            shutil.rmtree(self.folder / f"cache-{kind}", ignore_errors=True)
 
     def part(self, task: str) -> list[data.Example]:
         """The training rows of one of a mixed task's tasks; "": of all."""
@@ -737,7 +757,7 @@ class Cell:
         batch_size = method.batch or self.plan["batch_size"]
         if method.match == "steps":
             return {"epochs": epochs, "batch_size": batch_size}
-        larger = round(batch_size / method.k)
+        larger = round(batch_size / fraction_kept(method.k, method.k_end, 0.5))
         if method.match == "epochs":
             return {"epochs": epochs, "batch_size": larger}
         steps = epochs * -(-rows // batch_size)
@@ -745,13 +765,20 @@ class Cell:
 
     def took(self, stages: list[tuple[Path, str]]) -> dict:
         """What a draft's training took, its reference's included: passes over the data, optimiser steps, tokens that bore
-        loss, rows that the target was run on and seconds (without the cache's and those of stages that it shares)."""
+        loss, seconds (without those of caches and of responses that the target writes), and rows that the target was run on:
+        cached ones once, and once more where it wrote the response (a call a token then)."""
         made_by = [read(folder / "stage.json") for folder, _ in stages]
         took = {key: sum(made["summary"][key] for made in made_by) for key in ("rows", "steps", "loss_tokens", "seconds")}
-        cached = [made for made in made_by if self.cache_bytes() and made["settings"]["source"][0] not in REWRITTEN]
-        forwards = sum(self.sizes[digest] for digest in {made["settings"]["data"] for made in cached})
-        forwards += sum(made["summary"]["rows"] for made in made_by if made not in cached)
-        return took | {"epochs": took["rows"] / len(self.examples), "target_forwards": forwards}
+        once, forwards = {}, 0  # rows by data set
+        for made in made_by:
+            settings, cached = made["settings"], self.cache_bytes() and made["settings"]["source"][0] not in REWRITTEN
+            if {settings.get("divergence"), settings.get("gap", "ce")} == {"ce"}:
+                continue  # fine-tuning
+            if cached:
+                once[settings["data"]] = self.sizes[settings["data"]] * (1 + (settings["source"][0] == "target"))
+            else:
+                forwards += made["summary"]["rows"]
+        return took | {"epochs": took["rows"] / len(self.examples), "target_forwards": forwards + sum(once.values())}
 
     def cache_bytes(self) -> int:
         """The size of the cache of the target's hidden states; 0 where --cache-gb has no room for it."""
@@ -762,7 +789,7 @@ class Cell:
     def evaluation(self, target, drafts: dict, stages: dict, took: dict) -> list[dict]:
         """The last stage: the drafts' rows of the table, from `evaluation.json` where nothing has changed."""
         flags = ("split", "regime", "gamma", "timed_gammas", "max_new_tokens", "max_length", "dtype", "eval_batch")
-        protocol = {"pair": self.pair_name, "seed": self.seed, "train_rows": len(self.examples)}
+        protocol = {"pair": self.own_name, "seed": self.seed, "train_rows": len(self.examples)}
         protocol |= {flag: getattr(self.args, flag) for flag in flags} | {"device": self.device.type} | versions()
         marks = {"target": target[1], **{name: mark for name, (_, mark) in drafts.items()}}
         marks |= {"timed_prompts": self.args.timed_prompts, **{one: data.digest(test) for one, test in self.test.items()}}
@@ -772,20 +799,25 @@ class Cell:
             return saved["rows"]
         models = {name: self.load(path, self.dtype) for name, (path, _) in drafts.items()}
         asked, started, rows, pictures = self.load(target[0], self.dtype), time.time(), [], []
-        drawn = next((method for method in self.args.methods if method.name == "adaspec" and "base" in drafts), None)
+        plain = (
+            str(method) for method in self.args.methods if not set(method.settings()) - {"k", "epochs", "reference_epochs"}
+        )
+        drawn = next((label for label in plain if label.startswith(LABELS["adaspec"]) and "base" in drafts), None)
         for one, test in self.test.items():
             where = {"task": one if one == self.task else f"{one} of {self.task}", "prompts": len(test)}
             where |= protocol | {"timed_prompts": min(self.args.timed_prompts, len(test)), "ranks": train.world_size()}
             found = evaluate(asked, models, test, self.tokenizer, self.args, self.seed, f"{one} evaluation")
-            foresight = self.foresight(target, drafts, stages, test)
+            foresight = self.foresight(asked, drafts, stages, test)
             rows += [where | row | took.get(row["draft"], {}) | foresight.get(row["draft"], {}) for row in found]
             if drawn and train.rank() == 0:
-                few = models["base"], self.load(stages[str(drawn)][0][0], self.dtype), models[str(drawn)]
-                made = picture(asked, *few, prompt_ids(test[0]), self.tokenizer, self.args, drawn.k)
-                pictures.append({key: where[key] for key in ("pair", "task", "seed", "split")} | {"draft": str(drawn)} | made)
+                few = models["base"], self.load(stages[drawn][0][0], self.dtype), models[drawn]
+                k = read(stages[drawn][-1][0] / "stage.json")["settings"]["k"]
+                made = picture(asked, *few, prompt_ids(test[0]), self.tokenizer, self.args, k)
+                pictures.append({key: where[key] for key in ("pair", "task", "seed", "split")} | {"draft": drawn} | made)
         rows = train.agreed(rows)  # rank 0's have the timings
         if train.rank() == 0:
-            made = {"fingerprint": mark, "git": git_commit(), "seconds": round(time.time() - started)}
+            made = {"fingerprint": mark, "command": command_line(), "git": git_commit()}
+            made |= {"seconds": round(time.time() - started)}
             write(note, made | {"rows": rows, "pictures": pictures})
         return rows
 
@@ -793,9 +825,9 @@ class Cell:
         """How well AdaSPEC's gap, before stage 2, foretells which tokens its draft goes on to learn.
 
         Spearman's rank correlation with the fall of KL(p || q) from the base to the trained draft, over the response tokens of
-        held-out rows: of the gap, and, since both contain it, of the base's loss alone; by the draft's label.
+        held-out rows: of the KL's gap, and, since both contain it, of the base's KL alone; by the draft's label.
         """
-        asked = self.frozen(target[0])
+        teacher = train.Frozen(target, len(self.tokenizer))
 
         @functools.cache
         def losses(path):
@@ -803,7 +835,7 @@ class Cell:
             for i in range(0, len(examples), self.rows_at_once()):
                 rows = range(i, min(i + self.rows_at_once(), len(examples)))
                 batch = train.make_batch(examples, list(rows), self.device)
-                found.append(model.head.per_token(model.hidden(batch), *loss_of("fkl", asked, batch)).cpu())
+                found.append(model.head.per_token(model.hidden(batch), *loss_of("fkl", teacher, batch)).cpu())
             return torch.cat(found).numpy()
 
         found = {}
@@ -822,11 +854,13 @@ class EagleCell(Cell):
     def __init__(self, pair_name, *rest):
         super().__init__(pair_name, *rest)
         for method in self.args.methods:
-            if other := set(method.settings()) - {"k", "lr", "epochs", "reference_epochs"}:
+            if method.name == "best" or set(method.settings()) - {"k", "lr", "epochs", "reference_epochs"}:
                 raise ValueError(
                     f"{pair_name}: an EAGLE head is trained by distillspec or adaspec with k, lr, epochs or reference_epochs, "
-                    f"not by {method} ({', '.join(sorted(other))})"
+                    f"not by {method}"
                 )
+        if self.args.max_new_tokens < 3:  # its first target call is without drafts
+            raise ValueError(f"{pair_name}: --max-new-tokens must be at least 3, or no draft of an EAGLE head is ever judged")
 
     def run(self) -> list[dict]:
         say(self.header)
@@ -849,9 +883,7 @@ class EagleCell(Cell):
         for label, (folder, _) in drafts.items():
             took[label]["accuracy"] = read(folder / "stage.json")["summary"]["accuracy"]
         rows = self.evaluation(self.target, drafts, stages, took)
-        if train.rank() == 0:
-            for kind in ("target", "reference"):
-                shutil.rmtree(self.folder / f"cache-{kind}", ignore_errors=True)
+        self.drop_caches()
         return rows
 
     def head(self, name, lr, epochs, reference=None, k=1.0):
@@ -873,18 +905,11 @@ class EagleCell(Cell):
             def reference_kl(batch):
                 return asked.head.per_token(asked.hidden(batch), target_logits(states(), batch), token_kl)
 
-            cache = self.cache("reference", self.examples, self.target[1] + reference[1], 1, torch.float32)
-            if not cache:
-                return eagle_objective(states(), reference_kl, k)
-            fill = self.rows_at_once(), f"{self.task} reference cache", self.args.save_minutes
-            cache.fill(reference_kl, self.device, *fill)
-            return eagle_objective(states(), lambda batch: cache.read(batch).squeeze(1), k)
+            return eagle_objective(states(), self.kept(reference_kl, self.target[1] + reference[1], self.examples), k)
 
         made_of = {"target": self.target[1], "source": ["ground-truth"], "weights": [STATE_WEIGHT, TOKEN_WEIGHT]}
         if reference:
-            made_of |= {"reference": reference[1], "k": k}
-            if self.args.micro_batch:  # the quantile is then over the micro-batches that the ranks process together
-                made_of |= {"micro_batch": self.args.micro_batch, "ranks": train.world_size()}
+            made_of |= {"reference": reference[1], "k": k} | self.quantile_over()
         return self.fit(name, EAGLE, make, objective, lr, epochs, self.examples, **made_of)
 
     def measured(self, model) -> dict:
@@ -956,8 +981,9 @@ def evaluate(target, drafts: dict, examples, tokenizer, args, seed: int, name: s
             row |= {
                 "speedup_by_gamma": {str(n): speeds[draft, n]["speedup"] for n in gammas if speeds}
             }  # keys as JSON has them
-            simulated = (simulate_rounds(torch.tensor(ratio), lengths, n, args.max_new_tokens) for n in GAMMAS)
-            row |= {"tau_by_gamma": {str(n): each.tau for n, each in zip(GAMMAS, simulated, strict=True)}}
+            if not hasattr(drafts[draft], "lanes"):  # an EAGLE head's later drafts are made from its own guesses
+                simulated = {str(n): simulate_rounds(torch.tensor(ratio), lengths, n, args.max_new_tokens) for n in GAMMAS}
+                row |= {"tau_by_gamma": {n: each.tau for n, each in simulated.items()}}
             row |= {"cost_ratio": costs.get(draft), "scoring_ratio": {str(n): costs.get(n) for n in GAMMAS}}
             rows.append(row | {"counts": asdict(stats)})
     bar.close()
@@ -1124,7 +1150,7 @@ def parse(argv=None):
     add("--pairs", type=some_of(pairs), default="pythia,codegen", help=f"comma-separated, of {', '.join(pairs)}")
     add("--target", help="with --pairs custom: Hub id or folder of your target")
     add("--draft", help="with --pairs custom: Hub id or folder of your draft")
-    add("--methods", default="distillspec,adaspec", help="comma-separated, each NAME[:KEY=VALUE]..., see Method in the source")
+    add("--methods", help="default distillspec,adaspec; comma-separated, each NAME[:KEY=VALUE]..., see Method in the source")
     add("--ablation", type=one_of(ABLATIONS), help=f"--methods of a comparison: {', '.join(ABLATIONS)}")
     for key in ("divergence", "gap"):
         add(f"--{key}", type=one_of(LOSSES), default="fkl", help="of methods that name none (gap: of adaspec)")
@@ -1174,7 +1200,9 @@ def parse(argv=None):
         parser.error(f"--timed-gammas must be at least 1, got {min(args.timed_gammas)}")
     if not 0 < args.k <= 1:
         parser.error(f"--k must be in (0, 1], got {args.k}")
-    texts = ABLATIONS[args.ablation] if args.ablation else args.methods.split(",")
+    if args.ablation and args.methods:
+        parser.error("--ablation is a list of methods: leave --methods out")
+    texts = ABLATIONS[args.ablation] if args.ablation else (args.methods or "distillspec,adaspec").split(",")
     args.methods, flags = [], {key: getattr(args, key) for key in ("divergence", "data", "gap", "k", "match")}
     for text in texts:
         try:
@@ -1230,12 +1258,16 @@ def preflight(args, device) -> None:
             cell = make_cell(pair, task, args.seeds[0], args, device)  # seeds differ in nothing that is checked here
             (target_epochs, *epochs), batch = cell.plan["epochs"], cell.plan["batch_size"]
             check_usable(cell)
-            rows = len(cell.examples)
-            for size in (batch, SCRATCH["batch_size"]) if cell.scratch else (batch,):
-                if rows // -(-rows // size) < world:
-                    raise ValueError(f"{task}: {rows} rows in batches of {size} do not feed {world} ranks; raise --batch")
+            sizes = {batch, *(method.batch for method in args.methods if method.batch)}
+            sizes |= {SCRATCH["batch_size"]} if cell.scratch else set()
+            if (least := min(*sizes, *map(len, cell.parts.values()))) < world:
+                raise ValueError(
+                    f"{task}: batches of {least} rows do not feed {world} ranks; raise --batch, or a method's batch"
+                )
             target, draft = (sum(p.numel() for p in model.parameters()) for model in cell.models)
-            drafts = len(args.methods) + 1 + cell.scratch  # with a reference
+            drafts = cell.scratch  # and a reference for each of AdaSPEC's: at most
+            for method in args.methods:
+                drafts += (1 + (method.name == "adaspec")) * (len(cell.parts) if method.rows == "in-turn" else 1)
             trained = bool(target_epochs) + cell.scratch
             weights = 4 * (target * trained + draft * drafts)
             state = max(36 * target if trained else 0, 36 * draft + cell.cache_bytes())
@@ -1246,7 +1278,7 @@ def preflight(args, device) -> None:
                     passing = max(passing, state - max(0, there - weights))
             frozen = item * (target / (world if args.shard_target else 1) + draft)
             memory = max(memory, 16 * target if trained else 0, frozen + 16 * draft)
-            steps = [min(n * -(-rows // batch), args.max_steps or sys.maxsize) for n in (target_epochs, *epochs)]
+            steps = [min(n * -(-len(cell.examples) // batch), args.max_steps or sys.maxsize) for n in (target_epochs, *epochs)]
             what, rest = cell.header.strip().split(": ", 1)
             seeds = "".join(f", {seed}" for seed in args.seeds[1:])
             lines.append(f"{what}{seeds}: {rest}; steps of target, reference, draft: {', '.join(map(str, steps))}")
@@ -1279,7 +1311,8 @@ def locked(out: Path):
 def write_results(args, started: float) -> Path:
     """Put the rows of every cell there is under --out, not only this command's, into results.json."""
     path, cells = Path(args.out, "results.json"), [read(note) for note in sorted(Path(args.out).rglob("evaluation.json"))]
-    made_by = {"command": shlex.join(sys.argv), "seconds": round(time.time() - started), "git": git_commit(), **versions()}
+    made_by = {"commands": list(dict.fromkeys(cell["command"] for cell in cells if cell))}
+    made_by |= {"seconds": round(time.time() - started), "git": git_commit(), **versions()}
     read(path)  # for the word it says where the one there is damaged
     found = {key: [each for cell in cells for each in cell.get(key, [])] for key in ("rows", "pictures")}
     write(path, made_by | {"machine": report.machine()} | found)

@@ -38,7 +38,10 @@ from data import Example, batches, collate, write_file, writing
 __all__ = ["Batch", "Frozen", "Head", "NonFiniteError", "Stopped", "TokenCache", "gather_ragged", "setup", "train"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DECAYS = {"constant": lambda progress: 1.0, "linear": lambda progress: 2 * (1 - progress)}  # of the learning rate: mean 1
+DECAYS = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 2 * (1 - progress),
+}  # of the learning rate, about 1 in the mean
 CHUNK = 256  # response tokens whose logits exist at one time
 
 
@@ -301,7 +304,8 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, rows, wanted, loss):
         dtype, block = _compute_dtype(hidden), _block(hidden)
         head = weight.to(dtype), None if bias is None else bias.to(dtype)
-        grads = [torch.zeros_like(t) for t in (hidden, weight, bias) if t is not None]
+        needed = True, *ctx.needs_input_grad[1:3]  # not of a head that is frozen: an EAGLE head's is the target's
+        grads = [torch.zeros_like(t) if need else None for t, need in zip((hidden, weight, bias), needed, strict=True)]
         total = torch.zeros((), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in rows.split(CHUNK):
@@ -315,17 +319,16 @@ class _ChunkedLoss(torch.autograd.Function):
                     total += summed.detach()
                 logits[len(part) :] = 0
                 grads[0].index_copy_(0, part, (logits @ head[0])[: len(part)].to(hidden.dtype))
-                if ctx.needs_input_grad[1]:  # not where the head is another model's, and frozen
+                if grads[1] is not None:
                     grads[1] += logits.t() @ F.pad(states, (0, 0, 0, len(logits) - len(part)))
-                if bias is not None:
+                if grads[2] is not None:
                     grads[2] += logits.sum(0, dtype=bias.dtype)
         ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
-        grads = [grad.mul_(grad_output) for grad in ctx.saved_tensors]
-        return *grads, *[None] * (6 - len(grads))
+        return *(None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors), None, None, None
 
 
 class _Student(nn.Module):
@@ -529,7 +532,7 @@ def train(
 ) -> dict:
     """Train `model` (float32 weights, in place) with AdamW; returns a summary (steps, tokens, loss, ...).
 
-    The learning rate is `lr`, as in the paper, or with `decay` "linear" goes from twice that to nothing: its mean is `lr`.
+    The learning rate is `lr`, as in the paper, or with `decay` "linear" goes down from twice that towards nothing.
     `batch_size` counts the rows of an optimiser step over all ranks, `micro_batch` those of one forward on one rank. `dtype`
     is the autocast type: float32, bfloat16, or float16 (with a GradScaler; steps it skips are counted). Matrices decay, biases
     and norms do not. With `checkpoints` the state is saved every `save_minutes` and when a signal asks to stop, and training
@@ -542,7 +545,7 @@ def train(
     if decay not in DECAYS:
         raise ValueError(f"unknown decay {decay!r}, expected one of {', '.join(DECAYS)}")
     lengths = [len(e.input_ids) for e in examples]
-    if not lengths or min(map(len, batches(lengths, batch_size, seed, 0))) < world_size():
+    if not lengths or min(map(len, batches(lengths, batch_size, seed, 0, world_size()))) < world_size():
         raise ValueError(f"{name}: {len(lengths)} rows in batches of {batch_size} do not feed {world_size()} ranks")
     device = next(model.parameters()).device
     torch.manual_seed(seed + rank())  # dropout only; rows and their order depend on `seed` alone
@@ -556,7 +559,8 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
-    order = [(epoch, rows) for epoch in range(epochs) for rows in batches(lengths, batch_size, seed, epoch)][:max_steps]
+    order = [(epoch, rows) for epoch in range(epochs) for rows in batches(lengths, batch_size, seed, epoch, world_size())]
+    order = order[:max_steps]
     summary = {"steps": 0, "skipped_steps": 0, "rows": 0, "tokens": 0, "loss_tokens": 0, "loss": math.nan, "seconds": 0.0}
     found = agreed(checkpoints.newest() if checkpoints and rank() == 0 else None)
     if found:

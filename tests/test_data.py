@@ -188,6 +188,8 @@ def test_batches_hold_every_row_once_in_nearly_equal_sizes(n, batch_size):
         assert sorted(i for group in groups for i in group) == list(range(n))
         assert len(groups) == -(-n // batch_size) and max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
     assert epochs[0] == data.batches(lengths, batch_size, seed=3, epoch=0)
+    for_ranks = [len(group) for group in data.batches(lengths, batch_size, 3, 0, ranks=8)]
+    assert sum(for_ranks) == n and (min(for_ranks) >= 8 or n == 1), "mbpp's 374 rows in batches of 8 feed 8 ranks"
     if n == 1000:
         assert epochs[0] != epochs[1] != data.batches(lengths, batch_size, seed=4, epoch=1)
         padded = sum(len(group) * max(lengths[i] for i in group) for group in epochs[0])

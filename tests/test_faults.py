@@ -265,7 +265,7 @@ def test_one_seed_gives_one_result(finished, tmp_path):
     run_all.main([*SHORT, "--out", str(tmp_path)])
     assert bench.difference(finished, tmp_path) is None
     made_by = json.loads((tmp_path / "results.json").read_text())
-    assert {"torch", "git", "command", "seconds"} <= made_by.keys()
+    assert {"torch", "git", "commands", "seconds"} <= made_by.keys()
 
 
 # Whole runs, ended from outside

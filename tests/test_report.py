@@ -100,7 +100,7 @@ def project(tmp_path):
     """A folder with a README, no study yet, and a run's results."""
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text(f"# Name\n\n{report.MARKS[0]}\n{report.MARKS[1]}\n\nEnd.\n")
-    run = {"command": "/home/me/run_all.py --data-dir /home/me/data --out=/tmp/x", "torch": "2", "rows": make_rows()}
+    run = {"commands": ["python /home/me/run_all.py --data-dir /home/me/data --out=/tmp/x"], "torch": "2", "rows": make_rows()}
     (tmp_path / "run.json").write_text(json.dumps(run | {"machine": "1 x abacus"}))
     (tmp_path / "results" / "train.json").write_text("{}")  # no study
     return tmp_path

@@ -253,6 +253,7 @@ def test_methods_are_read_and_named():
         ("distillspec:k=0.4", "distillspec has no k"),
         ("best:k=0.2", "best has no k"),
         ("adaspec:rows=in-turn", "is for a mixed task"),
+        ("adaspec:k=0.2:k=0.3", "k is there twice"),
     ],
 )
 def test_bad_methods(method, words, capsys):
@@ -309,6 +310,22 @@ def test_selection_takes_top_bottom_or_any(make_model, tmp_path, tokenizer):
     assert first != loss("random")
 
 
+def test_ablations_and_methods_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        run_all.parse(["--ablation", "k", "--methods", "best"])
+    assert "leave --methods out" in capsys.readouterr().err
+
+
+def test_a_methods_batch_that_does_not_feed_the_ranks_is_found_before_training(tmp_path, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "world_size", lambda: 8)
+    few = "--preset tiny --limit 64 --eval-prompts 2 --timed-prompts 1 --methods".split()
+    with pytest.raises(ValueError, match="batches of 4 rows do not feed 8 ranks"):
+        run_all.main([*few, "best", "--out", str(tmp_path)])
+    assert not [*tmp_path.rglob("stage.json")]
+
+
 def test_the_fraction_kept_changes_as_training_goes_on(make_model, tokenizer):
     import train
 
@@ -354,12 +371,12 @@ def test_mixed_tasks_together_and_in_turn(tmp_path):
     cell = tmp_path / "runs" / "tiny" / "gsm8k+custom" / "seed0"
     made = {path.parent.name: json.loads(path.read_text()) for path in cell.glob("*/stage.json")}
     settings = {name: note["settings"] for name, note in made.items()}
-    first, then = "distilled-1-epochs-gsm8k", "distilled-1-epochs-custom-after-distilled-1-epochs-gsm8k"
-    assert settings[then]["init"] == made[first]["fingerprint"] != settings[first]["init"]
-    ours = "adaspec-custom-after-adaspec-gsm8k"
-    assert settings[ours]["init"] == made["adaspec-gsm8k"]["fingerprint"]
-    assert settings[ours]["reference"] == made["distilled-1-epochs-custom-after-adaspec-gsm8k"]["fingerprint"]
-    assert made[first]["summary"]["rows"] == 16 and made["distilled-1-epochs"]["summary"]["rows"] == 32
+    first, other = (made[name]["fingerprint"] for name in ("distilled-1-epochs-gsm8k", "adaspec-gsm8k"))
+    assert settings[f"distilled-1-epochs-custom-after-{first}"]["init"] == first != settings["distilled-1-epochs-gsm8k"]["init"]
+    ours = f"adaspec-custom-after-{other}"
+    assert settings[ours]["init"] == other
+    assert settings[ours]["reference"] == made[f"distilled-1-epochs-custom-after-{other}"]["fingerprint"]
+    assert made["distilled-1-epochs-gsm8k"]["summary"]["rows"] == 16 and made["distilled-1-epochs"]["summary"]["rows"] == 32
     took = {row["draft"]: row for row in rows}
     assert took["AdaSPEC rows=in-turn"]["rows"] == 64 and took["AdaSPEC rows=in-turn"]["target_forwards"] == 32
     assert took["AdaSPEC rows=first"]["target_forwards"] == 16
@@ -390,8 +407,8 @@ def test_who_writes_the_responses(tmp_path):
     run_all.main([*few, "--methods", ",".join(methods), "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     found = {row["draft"]: row for row in rows}
-    assert [found[f"DistillSpec{name}"]["target_forwards"] for name in ("", " data=target", " data=on-policy")] == [24] * 3
-    assert found["AdaSPEC data=target"]["target_forwards"] == 24
+    assert [found[f"DistillSpec{name}"]["target_forwards"] for name in ("", " data=target", " data=on-policy")] == [24, 48, 24]
+    assert found["AdaSPEC data=target"]["target_forwards"] == 48
     cell = tmp_path / "tiny" / "arithmetic" / "seed0"
     made = {path.parent.name: load_file(path) for path in cell.glob("*/model.safetensors")}
     key = "embed_out.weight" if "embed_out.weight" in made["target"] else "lm_head.weight"
@@ -399,6 +416,9 @@ def test_who_writes_the_responses(tmp_path):
     assert all(not torch.equal(a, b) for i, a in enumerate(by_source) for b in by_source[:i])
     assert torch.equal(by_source[0], made["distilled-1-epochs-data-mixed-share-0.0"][key]), "no row was to be rewritten"
     (written,) = cell.glob("target-written-*.tokens")
+    run_all.main([*few, "--methods", "distillspec:data=on-policy", "--max-new-tokens", "9", "--out", str(tmp_path)])
+    again = load_file(cell / "distilled-1-epochs-data-on-policy" / "model.safetensors")
+    assert not torch.equal(again[key], by_source[2]), "longer responses are other responses"
     examples, _ = data.read_examples(written)
     tokenizer = AutoTokenizer.from_pretrained(cell / "target")
     truth, _ = data.encode("arithmetic", data.load_rows("arithmetic", "train", limit=24), tokenizer, 128)
