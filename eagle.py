@@ -209,15 +209,19 @@ def training_accuracy(head: Eagle, examples: Sequence[Example], vocab_size: int,
     output, device = train.Head(head, vocab_size), head.fuse.weight.device
     own = sorted(range(train.rank(), len(examples), train.world_size()), key=lambda row: len(examples[row].input_ids))
     agree, tokens = 0.0, 0
-    for i in range(0, len(own), rows_at_once):
-        batch = train.make_batch(examples, own[i : i + rows_at_once], device)
+    for i in range(
+        -(-len(examples) // (train.world_size() * rows_at_once))
+    ):  # as many on every rank: a sharded target needs all
+        rows = own[i * rows_at_once :][:rows_at_once]
+        batch = train.make_batch(examples, rows or own[:1], device)
         states = head.teacher.hidden(batch)
         found = output.per_token(
             head.response_states(batch),
             lambda rows, states=states: head.teacher.head(states[rows]),
             lambda p, q: (p.argmax(-1) == q.argmax(-1)).float(),
         )
-        agree, tokens = agree + found.sum().item(), tokens + len(found)
+        if rows:
+            agree, tokens = agree + found.sum().item(), tokens + len(found)
     parts = train.gather_objects((agree, tokens))
     return sum(part[0] for part in parts) / max(sum(part[1] for part in parts), 1)
 

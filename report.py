@@ -279,7 +279,7 @@ def protocol(study: dict) -> str:
 
 def section(folder: Path) -> str:
     """The README's results section, from the studies in a folder."""
-    files = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    files = [(path, load_json(path)) for path in sorted(folder.glob("*.json"))]
     studies = [(study.get("order", sys.maxsize), study["study"], path, study) for path, study in files if "study" in study]
     parts = []
     for *_, path, study in sorted(studies, key=lambda each: each[:2]):
@@ -317,12 +317,16 @@ def portable(command: str) -> str:
     return shlex.join(re.sub("^(--[a-z-]+=)?/(.*/)?", r"\1", word.rstrip("/")) for word in shlex.split(command))
 
 
+def load_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
 def load_results(path) -> dict:
     """A run's results.json. Raises ValueError where it is none."""
-    try:
-        results = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}; give the results.json of a run") from error
+    results = load_json(path)
     if not isinstance(results, dict) or not isinstance(results.get("rows"), list):
         raise ValueError(f"{path} has no rows: give the results.json of a run")
     return results
