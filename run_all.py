@@ -246,6 +246,19 @@ ABLATIONS = {  # --ablation NAME: a comparison of the paper, as methods
         "adaspec:k=1.0:k_end=0.4",
     ],
     "data": [f"{name}:data={source}" for name in ("distillspec", "adaspec") for source in SOURCES],
+    "best": [  # every variant that best was chosen from
+        *("adaspec" + more for more in ("", ":match=tokens", ":lr=4e-3", ":decay=linear", ":batch=4:decay=linear")),
+        "adaspec:divergence=tvd:gap=tvd:decay=linear",
+        "adaspec:divergence=tvd:gap=tvd:k_end=1.0:batch=4:decay=linear",
+        *("distillspec:epochs=6" + more for more in ("", ":decay=linear", ":decay=linear:batch=4")),
+        *(
+            f"distillspec:epochs=6:decay=linear:divergence={divergence}{batch}"
+            for divergence in ("tvd", "lk", "lk_hybrid")
+            for batch in ("", ":batch=8", ":batch=4")
+        ),
+        *(f"distillspec:decay=linear:divergence=tvd:{more}" for more in ("epochs=6:lr=4e-3", "epochs=9:batch=4")),
+        *(f"distillspec:epochs=6:decay=linear:divergence=tvd:data=target{batch}" for batch in ("", ":batch=4")),
+    ],
     "mixed": [f"{name}:rows={rows}" for rows in ("first", "in-turn", "all") for name in ("distillspec", "adaspec")],
 }
 
