@@ -1354,11 +1354,12 @@ def main(argv=None) -> None:
                     path = write_results(args, started) if train.rank() == 0 else None
     where = f"Results: {path}; models: {Path(args.out)}/<pair>/<task>/seed<n>/"
     say("\n".join(["", report.table(rows), report.over_seeds(rows), report.eagle_table(rows), where]))
-    say(cell.serve)
     if train.rank() == 0 and importlib.util.find_spec("matplotlib"):
         results, folder = read(path), Path(args.out, "figures")
         report.figures(results["rows"], folder, results["pictures"])
         say(f"Figures: {folder}/")
+    if cell.serve:
+        say(cell.serve)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

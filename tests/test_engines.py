@@ -194,7 +194,7 @@ def text_of(target, tokenizer):
 
 def blocks(printed):
     """Engine -> its commands, as the driver printed them."""
-    said = printed.split("To serve it")[1].split("\n\nResults")[0].split("\n| task")[0]
+    said = printed.split("To serve the last of them")[1].rstrip("\n")
     return dict(part.split("\n", 1) for part in said.split("\n# ")[1:])
 
 
