@@ -79,9 +79,12 @@ def mean_interval(values: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def interval(values: list[float]) -> str:
-    """`mean_interval` in words."""
-    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*mean_interval(values))
+def interval(values: list[float], digits: int = 3) -> str:
+    """`mean_interval` in words; of one value or more than ten, their mean alone."""
+    if not 2 <= len(values) <= len(T_QUANTILE) + 1:
+        return f"{statistics.mean(values):+.{digits}f}"
+    mean, low, high = mean_interval(values)
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def over_seeds(rows: list[dict]) -> str:
@@ -118,7 +121,7 @@ def eagle_table(rows: list[dict]) -> str:
         return ""
 
     def cells(values):
-        return [interval(one) if 2 <= len(one) <= 10 else f"{statistics.mean(one):+.3f}" for one in values]
+        return [interval(one, 0 if key == "tokens_per_second" else 3) for key, one in zip(keys, values, strict=True)]
 
     lines = []
     for cell, drafts in found.items():
@@ -222,8 +225,7 @@ def gains(rows: list[dict], baseline: list[dict]) -> list[float]:
 
 
 def gained(rows: list[dict], baseline: list[dict]) -> str:
-    values = gains(rows, baseline)
-    return interval(values) if len(values) > 1 else f"{values[0]:+.3f}"
+    return interval(gains(rows, baseline))
 
 
 def compact(study: dict) -> list[str]:
