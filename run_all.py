@@ -560,8 +560,11 @@ class Cell:
         args, seed = self.args, self.seed if seed is None else seed
         folder = self.folder.with_name(f"seed{seed}") / name
         hyper = {"lr": lr, "epochs": epochs, "batch_size": batch_size or self.plan["batch_size"], "seed": seed}
-        hyper |= {"decay": decay}
-        hyper |= {"dtype": args.dtype, "max_steps": min(filter(None, (args.max_steps, max_steps)), default=None)}
+        hyper |= {
+            "decay": decay,
+            "dtype": args.dtype,
+            "max_steps": min(filter(None, (args.max_steps, max_steps)), default=None),
+        }
 
         def work(mark):
             model = make_model().to(self.device)
@@ -686,7 +689,7 @@ class Cell:
         """Target and draft before any stage, each as (path, fingerprint): pretrained ones, or made here."""
         if not self.scratch:
             return [(name, identity(name)) for name in self.names]
-        whole = [example._replace(prompt_length=0) for example in self.examples]  # loss on prompts too: a language model
+        whole = everything(self.examples)  # loss on prompts too: a language model
         made = []
         for role, sizes, seed in (("target", self.pair.target, self.target_seed), ("draft", self.pair.draft, self.seed)):
             if sizes == EAGLE:
@@ -782,9 +785,9 @@ class Cell:
         cached ones once, and once more where it wrote the response (a call a token then)."""
         made_by = [read(folder / "stage.json") for folder, _ in stages]
         took = {key: sum(made["summary"][key] for made in made_by) for key in ("rows", "steps", "loss_tokens", "seconds")}
-        once, forwards = {}, 0  # rows by data set
+        once, forwards, fits = {}, 0, self.cache_bytes() > 0  # once: rows by data set
         for made in made_by:
-            settings, cached = made["settings"], self.cache_bytes() and made["settings"]["source"][0] not in REWRITTEN
+            settings, cached = made["settings"], fits and made["settings"]["source"][0] not in REWRITTEN
             if {settings.get("divergence"), settings.get("gap", "ce")} == {"ce"}:
                 continue  # fine-tuning
             if cached:

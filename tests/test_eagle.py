@@ -11,6 +11,7 @@ import signal
 import pytest
 import torch
 from test_speculative import ARCHITECTURES, build, chi_square, enumerate_texts, same_counts, sample_counts
+from test_tree import slow_tree
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BloomConfig, OPTConfig
 
@@ -67,41 +68,9 @@ def slow_logits(target, head, text, drafts):
     return out.logits[0, -1]
 
 
-def slow_eagle(target, head, prompt, max_new_tokens, branching, ends=()):
-    """Greedy decoding re-stated without caches, batches, trees or shared code: (tokens, counts).
-
-    Only the path that the target takes matters: a level goes on where the head's b likeliest tokens hold the target's choice.
-    """
-
-    def own(tokens):
-        with torch.no_grad():
-            return int(target(torch.tensor([tokens])).logits[0, -1].argmax())
-
-    depths, stats = len(branching), Stats(target_calls=1)
-    text, accepted_at, judged_at = [own(prompt)], [0] * len(branching), [0] * len(branching)
-    while len(text) < max_new_tokens and text[-1] not in ends:
-        usable, start, hits = min(depths, max_new_tokens - len(text) - 1), prompt + text, 0
-        stats.target_calls += 1
-        stats.rounds += usable > 0
-        while True:
-            token = own(prompt + text)
-            guess = hits < usable and slow_logits(target, head, start, text[len(start) - len(prompt) :])
-            hit = hits < usable and token in guess.topk(branching[hits]).indices
-            if hits < usable:
-                judged_at[hits] += 1
-                accepted_at[hits] += hit
-            text.append(token)
-            hits += hit
-            ended = hit and token in ends
-            if not hit or ended:
-                break
-        stats.cut += ended
-        stats.drafted += hits if ended else usable
-        stats.rejected += not ended and hits < usable
-        stats.never_judged += 0 if ended else max(0, usable - hits - 1)
-        stats.accepted += hits
-    stats.generated = len(text)
-    return text, stats + Stats(per_position=(accepted_at, judged_at))
+def slow_eagle(target, head, *rest):
+    """Greedy decoding re-stated without caches, batches, trees or shared code, see `slow_tree`: (tokens, counts)."""
+    return slow_tree(target, head, *rest, draft_logits=lambda text, drafts: slow_logits(target, head, text, drafts))
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------------

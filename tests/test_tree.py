@@ -33,10 +33,11 @@ def small():
     return target, noised(target, 0.6), build("llama", vocab=5, seed=9, hidden=16, initializer_range=0.25)
 
 
-def slow_tree(target, draft, prompt, max_new_tokens, branching, ends=()):
+def slow_tree(target, draft, prompt, max_new_tokens, branching, ends=(), draft_logits=None):
     """Greedy tree drafting re-stated without trees, masks or caches: (tokens, counts).
 
     Only the node on the target's path matters: there the draft's b likeliest tokens hold the target's choice or do not.
+    `draft_logits(text, drafts)`: those of a draft that can only begin after a first, plain target call (an EAGLE head).
     """
 
     def logits(model, tokens):
@@ -44,14 +45,18 @@ def slow_tree(target, draft, prompt, max_new_tokens, branching, ends=()):
             return model(torch.tensor([tokens])).logits[0, -1]
 
     text, stats, depths = [], Stats(), len(branching)
+    if draft_logits:
+        text, stats.target_calls = [int(logits(target, prompt).argmax())], 1
+    guesses = draft_logits or (lambda text, drafts: logits(draft, text + drafts))
     accepted_at, judged_at = [0] * depths, [0] * depths
     while len(text) < max_new_tokens and not (text and text[-1] in ends):
-        usable, accepted, ended = min(depths, max_new_tokens - len(text) - 1), 0, False
+        usable, start, accepted, ended = min(depths, max_new_tokens - len(text) - 1), prompt + text, 0, False
         stats.target_calls += 1
         stats.rounds += usable > 0
         while True:
             own = int(logits(target, prompt + text).argmax())
-            hit = accepted < usable and own in logits(draft, prompt + text).topk(branching[accepted]).indices
+            guess = accepted < usable and guesses(start, text[len(start) - len(prompt) :])
+            hit = accepted < usable and own in guess.topk(branching[accepted]).indices
             if accepted < usable:
                 judged_at[accepted] += 1
                 accepted_at[accepted] += hit
