@@ -559,12 +559,8 @@ class Cell:
         It lies in the folder of its `seed`, which is the cell's but for a target that all seeds have in common."""
         args, seed = self.args, self.seed if seed is None else seed
         folder = self.folder.with_name(f"seed{seed}") / name
-        hyper = {"lr": lr, "epochs": epochs, "batch_size": batch_size or self.plan["batch_size"], "seed": seed}
-        hyper |= {
-            "decay": decay,
-            "dtype": args.dtype,
-            "max_steps": min(filter(None, (args.max_steps, max_steps)), default=None),
-        }
+        hyper = {"lr": lr, "decay": decay, "epochs": epochs, "batch_size": batch_size or self.plan["batch_size"], "seed": seed}
+        hyper |= {"dtype": args.dtype, "max_steps": min(filter(None, (args.max_steps, max_steps)), default=None)}
 
         def work(mark):
             model = make_model().to(self.device)
