@@ -612,9 +612,10 @@ def train(
             dist.all_reduce(sums)
         scaler.unscale_(optimizer)
         factor = (world_size() / (scale * sums[1].clamp_min(1))).float()  # DDP has averaged over ranks: undo that
-        grads = [p.grad for p in weights if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads) * factor
-        torch._foreach_mul_(grads, factor * (clip / (norm + 1e-6)).clamp_max(1.0))  # the division and the clipping at once
+        for weight in weights:
+            if weight.grad is not None:
+                weight.grad.mul_(factor)
+        norm = nn.utils.clip_grad_norm_(weights, clip)
         total, count, due, stop, norm = torch.stack([*sums, norm.double()]).tolist()  # the step's wait for the device
         if not math.isfinite(total) or not (math.isfinite(norm) or scaler.is_enabled()):
             what = "loss" if not math.isfinite(total) else "gradient norm"
