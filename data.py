@@ -1,19 +1,16 @@
 """The five tasks of the paper and an offline one: load, prompt, tokenise, mask, batch.
 
-`TASKS` is the one place that says where rows come from and what prompt and response are made of them. Rows come from the
-Hugging Face Hub or, with `data_dir`, from `data_dir/<task>/<split>.jsonl` with the same column names. The tokens that bear
-loss are exactly the response and the end token: prompt and response are tokenised apart, so no BPE merge crosses the border.
+`TASKS` is the one place that says where rows come from and what prompt and response are made of
+them. Rows come from the Hugging Face Hub or, with `data_dir`, from
+`data_dir/<task>/<split>.jsonl` with the same column names. The tokens that bear loss are exactly
+the response and the end token: prompt and response are tokenised apart, so no BPE merge crosses
+the border.
 """
 
 import hashlib
 import itertools
 import json
-import os
-import random
-import shutil
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +18,18 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-__all__ = ["TASKS", "Example", "batches", "collate", "encode", "encode_once", "load_rows", "train_tokenizer", "write_file"]
+from adaspec import response_positions
+from arithmetic import arithmetic_rows
+from storage import fingerprint, is_whole, write_checked
 
-HELD_OUT = 500  # rows (at most a tenth) carved off the end of train for each split that a source does not have
+__all__ = [
+    "TASKS", "Example", "all_tokens", "batches", "collate", "digest", "encode", "encode_once",
+    "load_rows", "prompt_ids", "read_examples", "train_tokenizer", "write_examples",
+]  # fmt: skip
+
+HELD_OUT = 500  # rows (a tenth at most) carved off train's end for each split that is missing
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,12 @@ class Task:
     revision: str | None = None
     lists: tuple[str, ...] = ()  # but for these, which are lists of text
     missing: tuple[str, ...] = ()  # splits that the Hub does not have
-    document: str | None = None  # the column that is cut at its end where a prompt would leave no room for the response
+    document: str | None = None  # the column that is cut where the prompt leaves no room to respond
 
 
 def _gsm8k_prompt(row: dict) -> str:
-    return f"{row['question']}\nAnswer the above question. First think step by step and then answer the final number.\n"
+    instruction = "First think step by step and then answer the final number."
+    return f"{row['question']}\nAnswer the above question. {instruction}\n"
 
 
 def _gsm8k_response(row: dict) -> str:
@@ -63,7 +67,11 @@ def _mbpp_prompt(row: dict) -> str:
 
 TASKS: dict[str, Task] = {
     "gsm8k": Task(
-        ("question", "answer"), _gsm8k_prompt, _gsm8k_response, hub=("openai/gsm8k", "main"), missing=("validation",)
+        ("question", "answer"),
+        _gsm8k_prompt,
+        _gsm8k_response,
+        hub=("openai/gsm8k", "main"),
+        missing=("validation",),
     ),
     "alpaca": Task(
         ("instruction", "input", "output"),
@@ -91,145 +99,133 @@ TASKS: dict[str, Task] = {
         lambda row: f"{row['document']}\nSummarize the above article in one sentence:\n",
         lambda row: row["summary"],
         hub=("EdinburghNLP/xsum",),
-        revision="refs/convert/parquet",  # the main branch may hold a loading script, which datasets no longer runs
+        revision="refs/convert/parquet",  # main may hold a loading script: datasets runs none
         document="document",
     ),
-    "arithmetic": Task(("question", "answer"), _gsm8k_prompt, _gsm8k_response),  # made by arithmetic_rows below
-    "custom": Task(("prompt", "response"), lambda row: row["prompt"], lambda row: row["response"]),  # needs a data_dir
+    # offline: made by arithmetic.py
+    "arithmetic": Task(("question", "answer"), _gsm8k_prompt, _gsm8k_response),
+    # needs a data_dir
+    "custom": Task(("prompt", "response"), lambda row: row["prompt"], lambda row: row["response"]),
 }
 
 
-def load_rows(task: str, split: str, data_dir: str | Path | None = None, limit: int | None = None) -> list[dict]:
-    """The first `limit` rows of a split (train, validation or test), from the Hub or from `data_dir/<task>/<split>.jsonl`.
+def load_rows(
+    task: str, split: str, data_dir: str | Path | None = None, limit: int | None = None
+) -> list[dict]:
+    """The first `limit` rows of a split (train, validation or test), from the Hub or from
+    `data_dir/<task>/<split>.jsonl`.
 
-    A validation or test split that the source lacks is carved off the end of train, and train then ends before it.
-    Raises ValueError for an unknown task or split, an empty file, and, naming file and line, for what is not JSON, lacks an
-    expected column or has one of another type; FileNotFoundError where `data_dir` lacks the file.
+    A validation or test split that the source lacks is carved off the end of train, and train then
+    ends before it. Raises ValueError for an unknown task or split, an empty file, and, naming file
+    and line, for what is not JSON, lacks an expected column or has one of another type;
+    FileNotFoundError where `data_dir` lacks the file.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}, expected one of {', '.join(TASKS)}")
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}, expected train, validation or test")
-    spec = TASKS[task]
     if task == "arithmetic":
         return arithmetic_rows(split)[:limit]
-    if not data_dir and not spec.hub:
-        raise ValueError(f"task {task!r} has no rows on the Hub: give --data-dir with {task}/train.jsonl in it")
+    if not data_dir and not TASKS[task].hub:
+        raise ValueError(
+            f"task {task!r} has no rows on the Hub: give --data-dir with {task}/train.jsonl in it"
+        )
+    missing = [name for name in ("validation", "test") if not _exists(task, name, data_dir)]
+    if split != "train" and split not in missing:
+        return _read(task, split, data_dir, limit)
 
-    def exists(name: str) -> bool:
-        return Path(data_dir, task, f"{name}.jsonl").is_file() if data_dir else name not in spec.missing
-
-    carved = [name for name in ("validation", "test") if not exists(name)]
-    if split != "train" and split not in carved:
-        return _read(task, spec, split, data_dir, limit)
-    rows = _read(task, spec, "train", data_dir)
+    rows = _read(task, "train", data_dir)
     size = min(HELD_OUT, len(rows) // 10)
-    ends = [len(rows) - size * (len(carved) - i) for i in range(len(carved) + 1)]
     if split != "train" and not size:
-        raise ValueError(f"{task} has no {split} rows, and {len(rows)} train rows are too few to hold a tenth of them out")
+        raise ValueError(
+            f"{task} has no {split} rows, and {len(rows)} train rows are too few to hold a tenth "
+            "of them out"
+        )
+    end = len(rows) - size * len(missing)  # of train; the carved splits follow
     if split == "train":
-        return rows[: ends[0]][:limit]
-    start = ends[carved.index(split)]
+        return rows[:end][:limit]
+    start = end + size * missing.index(split)
     return rows[start : start + size][:limit]
 
 
-def _read(task: str, spec: Task, split: str, data_dir: str | Path | None, limit: int | None = None) -> list[dict]:
+def _exists(task: str, split: str, data_dir: str | Path | None) -> bool:
     if data_dir:
-        where = Path(data_dir, task, f"{split}.jsonl")
-        if not where.is_file():
-            raise FileNotFoundError(f"{where} does not exist; --data-dir must hold <task>/train.jsonl (one JSON row a line)")
-        rows = list(itertools.islice(_json_lines(where, spec), limit))
+        return Path(data_dir, task, f"{split}.jsonl").is_file()
+    return split not in TASKS[task].missing
+
+
+def _read(
+    task: str, split: str, data_dir: str | Path | None, limit: int | None = None
+) -> list[dict]:
+    if data_dir:
+        source = str(Path(data_dir, task, f"{split}.jsonl"))
+        if not Path(source).is_file():
+            raise FileNotFoundError(
+                f"{source} does not exist; --data-dir must hold <task>/train.jsonl "
+                "(one JSON row a line)"
+            )
+        rows = list(itertools.islice(_json_lines(source, TASKS[task]), limit))
     else:
-        where = f"{'/'.join(spec.hub)} on the Hugging Face Hub"
-        try:
-            table = datasets.load_dataset(*spec.hub, split=split, revision=spec.revision)
-        except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-            cause = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"cannot load the {split} rows of {task} from {where}: {cause}") from error
-        table = table.select(range(min(limit or len(table), len(table))))
-        rows = [_checked(row, spec, f"{where}, {split} row {number}") for number, row in enumerate(table, 1)]
+        source = f"{'/'.join(TASKS[task].hub)} on the Hugging Face Hub"
+        rows = _hub_rows(task, split, source, limit)
     if not rows:
-        raise ValueError(f"{where} is empty; it must hold one JSON row a line")
+        raise ValueError(f"{source} is empty; it must hold one JSON row a line")
     return rows
 
 
-def _json_lines(path: Path, spec: Task):
+def _hub_rows(task: str, split: str, source: str, limit: int | None) -> list[dict]:
+    spec = TASKS[task]
+    try:
+        table = datasets.load_dataset(*spec.hub, split=split, revision=spec.revision)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"cannot load the {split} rows of {task} from {source}: {cause}"
+        ) from error
+    table = table.select(range(min(limit or len(table), len(table))))
+    return [
+        _checked(row, spec, f"{source}, {split} row {number}")
+        for number, row in enumerate(table, 1)
+    ]
+
+
+def _json_lines(path: str, spec: Task) -> Iterator[dict]:
     """The rows of a file, one by one; blank lines are passed over."""
-    with open(path, "rb") as file:  # as text it would also end lines inside a row, at a carriage return
+    with open(path, "rb") as file:  # text would also end lines at a carriage return inside a row
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+                row = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from error
-            if line.strip():
-                yield _checked(row, spec, f"{path}, line {number}")
+                cause = getattr(error, "msg", error)
+                raise ValueError(f"{path}, line {number}: not JSON ({cause})") from error
+            yield _checked(row, spec, f"{path}, line {number}")
 
 
-def _checked(row, spec: Task, where: str) -> dict:
-    """The columns that the task uses of a row. Raises ValueError where one is missing or not of its type."""
+def _checked(row, spec: Task, source: str) -> dict:
+    """The columns that the task uses of a row. Raises ValueError where one is missing or not of
+    its type."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: must be a JSON object with the columns {', '.join(spec.columns)}, got {row!r:.60}")
+        columns = ", ".join(spec.columns)
+        raise ValueError(
+            f"{source}: must be a JSON object with the columns {columns}, got {row!r:.60}"
+        )
     for name in spec.columns:
         if name not in row:
-            raise ValueError(f"{where}: no column {name!r} (found {', '.join(map(repr, row)):.200})")
-        texts, kind = (row[name], "a list of texts") if name in spec.lists else ([row[name]], "text")
+            present = ", ".join(map(repr, row))
+            raise ValueError(f"{source}: no column {name!r} (found {present:.200})")
+        kind = "a list of texts" if name in spec.lists else "text"
+        texts = row[name] if name in spec.lists else [row[name]]
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{where}: {name} must be {kind}, got {row[name]!r:.60}")
+            raise ValueError(f"{source}: {name} must be {kind}, got {row[name]!r:.60}")
         try:
             "".join(texts).encode()
         except UnicodeEncodeError as error:  # JSON can say one, and no tokenizer takes it
-            raise ValueError(f"{where}: {name} holds half of a surrogate pair, {texts!r:.60}") from error
+            raise ValueError(
+                f"{source}: {name} holds half of a surrogate pair, {texts!r:.60}"
+            ) from error
     return {name: row[name] for name in spec.columns}
-
-
-_NAMES = "Anna Ben Carla David Elena Felix Grace Hugo Irene Jonas Karim Lena Marta Nadia Omar Paula".split()
-_THINGS = "apples books cards coins eggs marbles oranges pencils shells stamps stickers tickets".split()
-_SIZES = {"train": 4000, "validation": 300, "test": 300}
-
-
-def arithmetic_rows(split: str) -> list[dict]:
-    """Seeded two-step word problems with worked answers in GSM8K's row format; no question is in two splits."""
-    rng = random.Random(20251019)
-    rows: dict[str, str] = {}
-    while len(rows) < sum(_SIZES.values()):
-        name, friend = rng.sample(_NAMES, 2)
-        thing = rng.choice(_THINGS)
-        a, b, c = rng.randint(12, 60), rng.randint(11, 40), rng.randint(2, 9)
-        # a story and its two steps (left, operator, right, what the result is); `it` stands for the first result
-        story, first, second = rng.choice(
-            [
-                (
-                    f"{name} has {a} {thing}. {friend} gives {name} {b} more, and then {name} loses {c} of them.",
-                    (a, "+", b, f"{thing} after the gift"),
-                    ("it", "-", c, "left"),
-                ),
-                (
-                    f"{name} fills {c} boxes with {b} {thing} each and already had {a} {thing}.",
-                    (c, "*", b, f"{thing} in the boxes"),
-                    ("it", "+", a, "in all"),
-                ),
-                (
-                    f"{name} collects {a} {thing} every day for {c} days and gives {b // 2} of them to {friend}.",
-                    (a, "*", c, f"{thing} in {c} days"),
-                    ("it", "-", b // 2, "left"),
-                ),
-                (
-                    f"{name} has {a} {thing} and {friend} has {b} more than {name}.",
-                    (a, "+", b, f"{thing} for {friend}"),
-                    ("it", "+", a, "together"),
-                ),
-            ]
-        )
-        lines, it = [], 0
-        for left, op, right, what in (first, second):
-            left = it if left == "it" else left
-            it = {"+": left + right, "-": left - right, "*": left * right}[op]
-            lines.append(f"There are {left}{op}{right} = <<{left}{op}{right}={it}>>{it} {what}.")
-        rows[f"{story} How many {thing} are there now?"] = "\n".join([*lines, f"#### {it}"])
-    pairs = [{"question": question, "answer": answer} for question, answer in rows.items()]
-    names = list(_SIZES)
-    start = sum(_SIZES[name] for name in names[: names.index(split)])
-    return pairs[start : start + _SIZES[split]]
 
 
 class Example(NamedTuple):
@@ -239,122 +235,118 @@ class Example(NamedTuple):
     prompt_length: int
 
 
-def encode(task: str, rows: Sequence[dict], tokenizer, max_length: int = 512) -> tuple[list[Example], int]:
-    """Tokenise rows as prompt + response + end token, cut to `max_length` tokens; returns (examples, rows dropped).
+def prompt_ids(example: Example) -> Tensor:
+    """The prompt's tokens, int64 [prompt_length]."""
+    return torch.from_numpy(example.input_ids[: example.prompt_length]).long()
 
-    A summarisation document is cut at its end so that a quarter of `max_length` is left for the response (whatever the
-    response is: at test time it is unknown). A row is dropped, and counted, where its prompt or response is empty or where the
-    prompt leaves no room for a single response token. Raises ValueError for a tokenizer without an end token.
+
+def all_tokens(examples: Sequence[Example]) -> list[Example]:
+    """The same rows with all tokens as response: for pretraining, or a head that reads prompts."""
+    return [example._replace(prompt_length=0) for example in examples]
+
+
+def encode(
+    task: str, rows: Sequence[dict], tokenizer, max_length: int = 512
+) -> tuple[list[Example], int]:
+    """Tokenise rows as prompt + response + end token, cut to `max_length` tokens; returns
+    (examples, rows dropped).
+
+    A summarisation document is cut at its end so that a quarter of `max_length` is left for the
+    response (whatever the response is: at test time it is unknown). A row is dropped, and counted,
+    where its prompt or response is empty or where the prompt leaves no room for a single response
+    token. Raises ValueError for a tokenizer without an end token.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token (eos_token): set one, or the draft never learns to stop")
-    spec, examples = TASKS[task], []
+        raise ValueError(
+            "the tokenizer has no end token (eos_token): set one, or the draft never learns to stop"
+        )
     if not rows:
         return [], 0
+    spec = TASKS[task]
+    examples = []
     responses = [spec.response(row) for row in rows]
-    response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
-    prompt_ids = _prompt_ids(tokenizer, [spec.prompt(row) for row in rows])
-    for row, prompt, text, response in zip(rows, prompt_ids, responses, response_ids, strict=True):
+    responses_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    prompts_ids = _tokenise_prompts(tokenizer, [spec.prompt(row) for row in rows])
+    for row, prompt, text, response in zip(
+        rows, prompts_ids, responses, responses_ids, strict=True
+    ):
         excess = len(prompt) - (max_length - max_length // 4)
         if spec.document and excess > 0:
             shorter = row | {spec.document: _cut(tokenizer, row[spec.document], excess)}
-            prompt = _prompt_ids(tokenizer, [spec.prompt(shorter)])[0]
+            prompt = _tokenise_prompts(tokenizer, [spec.prompt(shorter)])[0]
         if prompt and text.strip() and len(prompt) < max_length:
-            ids = np.array([*prompt, *response, tokenizer.eos_token_id][:max_length], dtype=np.int32)
-            examples.append(Example(ids, len(prompt)))
+            ids = [*prompt, *response, tokenizer.eos_token_id][:max_length]
+            examples.append(Example(np.array(ids, dtype=np.int32), len(prompt)))
     return examples, len(rows) - len(examples)
 
 
-def _prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Tokens with the start token, where the tokenizer puts one, and without the end token that some put."""
-    ends = [tokenizer.eos_token_id]
-    return [ids[:-1] if ids[-1:] == ends else ids for ids in tokenizer(texts)["input_ids"]]
+def _tokenise_prompts(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Tokens with the start token, where the tokenizer puts one, and without the end token that
+    some put."""
+    end = [tokenizer.eos_token_id]
+    return [ids[:-1] if ids[-1:] == end else ids for ids in tokenizer(texts)["input_ids"]]
 
 
 def _cut(tokenizer, text: str, excess: int) -> str:
     """The text without its last `excess` tokens (all of it gone where it has no more)."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoding["offset_mapping"]
     return text[: offsets[-excess][0]] if excess < len(offsets) else ""
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """A fingerprint of the tokenised rows: 16 hexadecimal digits."""
+    """What stands for tokenised rows in a fingerprint: 16 hexadecimal digits."""
     sha = hashlib.sha256()
     for example in examples:
-        sha.update(np.int32([example.prompt_length, len(example.input_ids)]).tobytes() + example.input_ids.tobytes())
+        sha.update(np.int32([example.prompt_length, len(example.input_ids)]).tobytes())
+        sha.update(example.input_ids.tobytes())
     return sha.hexdigest()[:16]
 
 
-def encode_once(folder: Path, task: str, rows: Sequence[dict], tokenizer, max_length: int = 512) -> tuple[list[Example], int]:
-    """`encode`, from a file in `folder` if these texts were tokenised before in the same way.
-
-    A file that does not hold what was written into it is reported (in a warning) and made again.
-    """
-    spec, key = TASKS[task], hashlib.sha256()
-    for text in (tokenizer.backend_tokenizer.to_str(), str((task, max_length, tokenizer.eos_token_id))):
-        key.update(text.encode() + b"\0")
-    for row in rows:
-        key.update(spec.prompt(row).encode() + b"\0" + spec.response(row).encode() + b"\0")
-    path = Path(folder, f"{key.hexdigest()[:32]}.tokens")
-    found = read_examples(path)
-    if found is None:
-        found = encode(task, rows, tokenizer, max_length)
-        write_examples(path, *found)
-    return found
+def encode_once(
+    folder: Path, task: str, rows: Sequence[dict], tokenizer, max_length: int = 512
+) -> tuple[list[Example], int]:
+    """`encode`, from a file in `folder` if these texts were tokenised before in the same way."""
+    spec = TASKS[task]
+    settings = {
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "rows": [[spec.prompt(row), spec.response(row)] for row in rows],
+        "cut": [task, max_length, tokenizer.eos_token_id],
+    }
+    path = Path(folder, f"{fingerprint(settings)}.tokens")
+    if is_whole(path):
+        return read_examples(path)
+    examples, dropped = encode(task, rows, tokenizer, max_length)
+    write_examples(path, examples, dropped)
+    return examples, dropped
 
 
 def write_examples(path: Path, examples: Sequence[Example], dropped: int = 0) -> None:
-    """Keep examples in a file: a SHA-256 checksum, and int32 numbers: dropped, count, lengths, prompt lengths, token ids."""
-    lengths, prompt_lengths = [len(e.input_ids) for e in examples], [e.prompt_length for e in examples]
-    numbers = np.concatenate([[dropped, len(examples)], lengths, prompt_lengths, *(e.input_ids for e in examples)])
-    content = numbers.astype(np.int32).tobytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda file: file.write(hashlib.sha256(content).digest() + content))
+    """Keep examples in a checked file of int32 numbers: dropped, count, lengths, prompt lengths,
+    token ids."""
+    lengths = [len(example.input_ids) for example in examples]
+    prompt_lengths = [example.prompt_length for example in examples]
+    numbers = np.concatenate(
+        [[dropped, len(examples)], lengths, prompt_lengths, *(e.input_ids for e in examples)]
+    )
+    write_checked(path, lambda file: file.write(numbers.astype(np.int32).tobytes()))
 
 
-def read_examples(path: Path) -> tuple[list[Example], int] | None:
-    """What `write_examples` wrote, (examples, dropped); None where there is no such file or, with a warning, a damaged one."""
-    if not path.is_file():
-        return None
-    content = bytearray(path.read_bytes())  # writable, as torch wants its arrays
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        warnings.warn(f"{path} is damaged: tokenising anew", stacklevel=2)
-        return None
-    dropped, count, *_ = numbers = np.frombuffer(content, np.int32, offset=32)
+def read_examples(path: Path) -> tuple[list[Example], int]:
+    """What `write_examples` wrote: (examples, rows dropped)."""
+    numbers = np.fromfile(path, np.int32)
+    dropped, count = numbers[:2].tolist()
     lengths, prompt_lengths = numbers[2 : 2 + 2 * count].reshape(2, count)
     ids = np.split(numbers[2 + 2 * count :], np.cumsum(lengths)[:-1]) if count else []
-    return [Example(*pair) for pair in zip(ids, prompt_lengths.tolist(), strict=True)], int(dropped)
-
-
-def write_file(path: Path, write: Callable) -> None:
-    """write(file) into a new file, which takes the name `path` once it is whole and on the disk.
-
-    Raises OSError where that fails, as on a full disk; what was at `path` is then still there.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with writing(partial):
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-
-
-@contextmanager
-def writing(path: Path):
-    """Whatever writing the file or folder `path` fails with becomes an OSError that says so, and the rest of it is removed."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have their own for a full disk
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**20
-        raise OSError(f"cannot write {path}: {error} ({free:,.0f} MiB free there)") from error
+    return [Example(*pair) for pair in zip(ids, prompt_lengths.tolist(), strict=True)], dropped
 
 
 def collate(examples: Sequence[Example], multiple: int = 32) -> tuple[Tensor, Tensor]:
-    """Right-padded `input_ids` [B, T] and `labels` [B, T] (-100 on prompt and padding), int64, T a multiple of `multiple`.
+    """Right-padded `input_ids` [B, T] and `labels` [B, T] (-100 on prompt and padding), int64,
+    T a multiple of `multiple`.
 
-    No attention mask: causal attention never looks right, and padding bears no loss. Few shapes mean few kernels to compile.
+    No attention mask: causal attention never looks right, and padding bears no loss. Few shapes
+    mean few kernels to compile.
     """
     length = -(-max(len(e.input_ids) for e in examples) // multiple) * multiple
     input_ids = torch.zeros(len(examples), length, dtype=torch.long)
@@ -365,25 +357,53 @@ def collate(examples: Sequence[Example], multiple: int = 32) -> tuple[Tensor, Te
     return input_ids, labels
 
 
-def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, ranks: int = 1) -> list[list[int]]:
-    """One epoch's batches of row indices, each row once: seeded, of similar lengths inside a batch, in random order.
+def batches(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, ranks: int = 1
+) -> list[list[int]]:
+    """One epoch's batches of row numbers, each row once: seeded, of similar lengths inside a batch,
+    in random order.
 
-    The rows are dealt to ceil(N / batch_size) batches whose sizes differ by at most one, so that no stray last batch of two
-    rows takes an optimiser step of its own; to one batch less where they would have fewer rows than there are ranks.
+    The rows are dealt to ceil(N / batch_size) batches whose sizes differ by at most one, so that no
+    stray last batch of two rows takes an optimiser step of its own; to one batch less where they
+    would have fewer rows than there are ranks.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    window = 50 * batch_size  # sort by length only inside windows, so that batches differ from epoch to epoch
-    order = np.concatenate(
-        [w[np.argsort(-np.asarray(lengths)[w], kind="stable")] for w in np.split(order, range(window, len(order), window))]
-    )
+    window = 50 * batch_size  # sorted by length inside windows, so that epochs differ in batches
+    windows = np.split(order, range(window, len(order), window))
+    lengths = np.asarray(lengths)
+    order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in windows])
     count = -(-len(order) // batch_size)
-    groups = np.array_split(order, count if len(order) // count >= ranks else max(count - 1, 1))
+    if len(order) // count < ranks:
+        count = max(count - 1, 1)
+    groups = np.array_split(order, count)
     return [groups[i].tolist() for i in rng.permutation(len(groups))]
 
 
+class Batch(NamedTuple):
+    """A micro-batch: `input_ids` [B, T], the flat position of each response token's predictor [N],
+    that token's id [N], the examples' numbers [B], and how much of the stage's training is over
+    (0 at its first step, below 1 at its last)."""
+
+    input_ids: Tensor
+    index: Tensor
+    labels: Tensor
+    rows: list[int]
+    progress: float = 0.0
+
+
+def make_batch(
+    examples: Sequence[Example], rows: list[int], device: torch.device, progress: float = 0.0
+) -> Batch:
+    input_ids, labels = collate([examples[row] for row in rows])
+    index, tokens = response_positions(labels)
+    tensors = [t.to(device, non_blocking=True) for t in (input_ids, index, tokens)]
+    return Batch(*tensors, rows, progress)
+
+
 def train_tokenizer(texts: Sequence[str], vocab_size: int):
-    """A byte-level BPE tokenizer trained on `texts`, with <|endoftext|> as its end token (for pairs trained from scratch)."""
+    """A byte-level BPE tokenizer trained on `texts`, with <|endoftext|> as its end token (for pairs
+    that are trained from scratch)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -397,4 +417,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int):
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )

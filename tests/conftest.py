@@ -3,10 +3,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import shutil
+
 import pytest
 import torch
 
 import data
+import ranks
 
 
 @pytest.fixture(scope="session")
@@ -18,27 +21,73 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def examples(tokenizer):
-    return data.encode("arithmetic", data.load_rows("arithmetic", "train", limit=60), tokenizer, 128)[0]
+    rows = data.load_rows("arithmetic", "train", limit=60)
+    return data.encode("arithmetic", rows, tokenizer, 128)[0]
 
 
 @pytest.fixture
 def make_model(tokenizer):
-    """make_model(architecture, seed, **sizes): a small random model with a padded head, of each kind the project names."""
-    from transformers import AutoModelForCausalLM, CodeGenConfig, GPTNeoXConfig, LlamaConfig, PhiConfig
+    """make_model(architecture, seed, **sizes): a small random model with a padded head, of each
+    kind the project names."""
+    from transformers import (
+        AutoModelForCausalLM,
+        CodeGenConfig,
+        GPTNeoXConfig,
+        LlamaConfig,
+        PhiConfig,
+    )
 
-    hub_names = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
-    codegen = {"n_layer": 2, "n_head": 4, "n_embd": 32, "rotary_dim": 8, "n_positions": 256, "n_ctx": 256}
+    common = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+    }
+    codegen = {"n_layer": 2, "n_head": 4, "n_embd": 32, "rotary_dim": 8}
+    codegen |= {"n_positions": 256, "n_ctx": 256}
     configs = {
-        "neox": lambda **kw: GPTNeoXConfig(**(hub_names | kw)),
-        "llama": lambda **kw: LlamaConfig(**(hub_names | {"tie_word_embeddings": True} | kw)),
-        "phi": lambda **kw: PhiConfig(**(hub_names | {"resid_pdrop": 0.0} | kw)),
-        "codegen": lambda **kw: CodeGenConfig(**(codegen | kw)),
+        "neox": (GPTNeoXConfig, common),
+        "llama": (LlamaConfig, common | {"tie_word_embeddings": True}),
+        "phi": (PhiConfig, common | {"resid_pdrop": 0.0}),
+        "codegen": (CodeGenConfig, codegen),
     }
 
-    def make(architecture="neox", seed=0, vocab_size=None, **sizes):
+    def make(architecture="neox", seed=0, vocab_size=None, **changes):
         torch.manual_seed(seed)
-        end, vocab_size = tokenizer.eos_token_id, vocab_size or len(tokenizer) + 16
-        config = configs[architecture](vocab_size=vocab_size, bos_token_id=end, eos_token_id=end, **sizes)
+        end = tokenizer.eos_token_id
+        config_class, sizes = configs[architecture]
+        sizes = {"vocab_size": vocab_size or len(tokenizer) + 16, **sizes, **changes}
+        config = config_class(bos_token_id=end, eos_token_id=end, **sizes)
         return AutoModelForCausalLM.from_config(config).float().eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def short_flags():
+    """The flags of a run of the tiny preset that takes seconds."""
+    flags = "--preset tiny --limit 48 --max-steps 3 --eval-prompts 6 --timed-prompts 1"
+    return f"{flags} --max-new-tokens 12".split()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, short_flags):
+    """The --out folder of one finished run with `short_flags`, for all tests: nobody writes to it.
+    A test that goes on from it takes `run_copy`."""
+    import run_all
+
+    out = tmp_path_factory.mktemp("finished-run")
+    run_all.main([*short_flags, "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def run_copy(finished_run, tmp_path):
+    """A copy of `finished_run` to change and to go on from."""
+    return shutil.copytree(finished_run, tmp_path / "runs")
+
+
+@pytest.fixture(autouse=True)
+def no_stop_signal(monkeypatch):
+    """No test is stopped by the signal that another one has sent."""
+    monkeypatch.setattr(ranks, "stop_signal", None)

@@ -19,7 +19,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, GraniteConfig, MistralConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    GraniteConfig,
+    MistralConfig,
+    T5Config,
+)
 
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast  # isort: skip
 
@@ -45,8 +52,16 @@ class Evil:
 
 def save_models(folder, tokenizer):
     """Folders of models: `target` and `draft` are right, each other one has the fault that its name says."""
-    end, small = tokenizer.eos_token_id, {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    common = {"vocab_size": len(tokenizer) + 8, "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    end, small = (
+        tokenizer.eos_token_id,
+        {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    common = {
+        "vocab_size": len(tokenizer) + 8,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
 
     def save(name, config, auto=AutoModelForCausalLM, tokenizer=tokenizer):
         auto.from_config(config).save_pretrained(folder / name)
@@ -54,7 +69,13 @@ def save_models(folder, tokenizer):
         return folder / name
 
     def neox(name, tokenizer=tokenizer, **changed):
-        sizes = {"intermediate_size": 32, "max_position_embeddings": 256, **small, **common, **changed}
+        sizes = {
+            "intermediate_size": 32,
+            "max_position_embeddings": 256,
+            **small,
+            **common,
+            **changed,
+        }
         return save(name, run_all.GPTNeoXConfig(**sizes), tokenizer=tokenizer)
 
     def edited(name, file, change):
@@ -67,7 +88,9 @@ def save_models(folder, tokenizer):
     def moved(name, weight_map):
         path = neox(name)
         (path / "model.safetensors").rename(path / "part.safetensors")
-        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (path / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
 
     neox("target"), neox("draft")
     (folder / "a-file").write_text("weights")
@@ -105,7 +128,14 @@ def save_models(folder, tokenizer):
     neox("narrow-head", vocab_size=len(tokenizer) - 1)
     neox("short-context", max_position_embeddings=64)
     save("bert", BertConfig(**small, **common, intermediate_size=32), AutoModelForMaskedLM)
-    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": end}
+    t5 = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "decoder_start_token_id": end,
+    }
     save("t5", T5Config(**t5, **common), AutoModelForSeq2SeqLM)
     sizes = {**small, **common, "intermediate_size": 32, "num_key_value_heads": 2}
     save("sliding", MistralConfig(**sizes, sliding_window=8))
@@ -115,7 +145,9 @@ def save_models(folder, tokenizer):
 
 def save_rows(folder):
     """Folders for --data-dir, of gsm8k but for `mbpp`; `good` is right, each other one has the fault that its name says."""
-    good = [json.dumps({"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"}) for i in range(40)]
+    good = [
+        json.dumps({"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"}) for i in range(40)
+    ]
     faults = {
         "good": good,
         "empty": [],
@@ -139,7 +171,9 @@ def save_rows(folder):
     (folder / "no-file").mkdir()
     (folder / "folder" / "gsm8k" / "train.jsonl").mkdir(parents=True)
     (folder / "tests" / "mbpp").mkdir(parents=True)
-    (folder / "tests" / "mbpp" / "train.jsonl").write_text('{"text": "Add.", "code": "a + b", "test_list": "assert f()"}\n')
+    (folder / "tests" / "mbpp" / "train.jsonl").write_text(
+        '{"text": "Add.", "code": "a + b", "test_list": "assert f()"}\n'
+    )
     (folder / "prompts.jsonl").write_text('{"prompt": "What"}\n{"prompt": 5}\n')
     (folder / "prompts-latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
 
@@ -266,15 +300,30 @@ MODELS = {
 OWN = "--models-dir {w}/models --data-dir {w}/rows/good"
 TINY = "--pairs tiny --data-dir {w}/rows/good"
 CASES = [
-    *((f"{TINY if 'preset' not in end else ''} --out {{w}}/out {end}".strip(), words) for end, words in ARGUMENTS.items()),
-    *((f"--pairs tiny --data-dir {{w}}/rows/{end} --out {{w}}/out", words) for end, words in DATA.items()),
-    *((f"{OWN} --out {{w}}/out --pairs custom --target target --draft {name}", words) for name, words in MODELS.items()),
+    *(
+        (f"{TINY if 'preset' not in end else ''} --out {{w}}/out {end}".strip(), words)
+        for end, words in ARGUMENTS.items()
+    ),
+    *(
+        (f"--pairs tiny --data-dir {{w}}/rows/{end} --out {{w}}/out", words)
+        for end, words in DATA.items()
+    ),
+    *(
+        (f"{OWN} --out {{w}}/out --pairs custom --target target --draft {name}", words)
+        for name, words in MODELS.items()
+    ),
     (
         "--pairs custom --target {w}/models/no-end --draft {w}/models/no-end --data-dir {w}/rows/good --out {w}/out",
         "an end token",
     ),
-    ("--pairs custom --target ../no/such --draft b --data-dir {w}/rows/good --out {w}/out", "../no/such"),
-    ("--pairs tiny --tasks mbpp --data-dir {w}/rows/tests --out {w}/out", "line 1: test_list must be a list of texts"),
+    (
+        "--pairs custom --target ../no/such --draft b --data-dir {w}/rows/good --out {w}/out",
+        "../no/such",
+    ),
+    (
+        "--pairs tiny --tasks mbpp --data-dir {w}/rows/tests --out {w}/out",
+        "line 1: test_list must be a list of texts",
+    ),
     (f"{TINY} --out {{w}}/out --max-length 4", "no rows are left"),
     (f"{TINY} --out {{w}}/out --max-length 2000", "a context of 1024 tokens"),
     (f"{TINY} --out {{w}}/out --max-new-tokens 1020", "a context of 1024 tokens"),
@@ -294,7 +343,11 @@ def check(code, err, words):
 def test_run_all_refuses_before_any_work(end, words, world, capsys, monkeypatch):
     code = call(run_all, [*FEW, *end.format(w=world).split(" ")], monkeypatch)
     check(code, capsys.readouterr().err, words)
-    made = [path.name for path in (world / "out").rglob("*") if path.is_file() and not path.match("tokenised/*.tokens")]
+    made = [
+        path.name
+        for path in (world / "out").rglob("*")
+        if path.is_file() and not path.match("tokenised/*.tokens")
+    ]
     assert set(made) <= {".lock"} and not Evil.mark.exists()
 
 
@@ -330,7 +383,10 @@ OTHERS = [
     ("bench faults --kills 0", "--kills must be at least 1"),
     ("bench decode --json {w}/rows --target /no/such", "Is a directory"),
     ("bench decode --draft {w}/models/weights-lacking", "weights are missing"),
-    ("bench drop-layers --out {w}/dropped --first 1 --last 0 --target {w}/models/weights-cut", "deserializing header"),
+    (
+        "bench drop-layers --out {w}/dropped --first 1 --last 0 --target {w}/models/weights-cut",
+        "deserializing header",
+    ),
     ("bench train --parts los", "did you mean 'loss'?"),
     ("bench decod", "invalid choice: 'decod'"),
 ]
@@ -368,12 +424,26 @@ def test_table_is_long_enough():
 def test_real_processes(command, world):
     command = [sys.executable, *(part.format(w=world) for part in command)]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    ours = [line for line in done.stderr.splitlines() if "error: " in line and ".py" in line.split("error: ")[0]]
+    ours = [
+        line
+        for line in done.stderr.splitlines()
+        if "error: " in line and ".py" in line.split("error: ")[0]
+    ]
     assert done.returncode != 0 and len(ours) == 1, done.stderr
-    assert "torch" in command[2] or done.stderr.count("\n") == 1, done.stderr  # torchrun adds its own account
-    assert "torch" not in command[2] or "batches of 1 rows do not feed 2 ranks; raise --batch" in ours[0]
+    assert "torch" in command[2] or done.stderr.count("\n") == 1, (
+        done.stderr
+    )  # torchrun adds its own account
+    assert (
+        "torch" not in command[2]
+        or "batches of 1 rows do not feed 2 ranks; raise --batch" in ours[0]
+    )
 
 
 @pytest.mark.parametrize("end", [["--k", "0"], ["--out", "{w}/models/a-file"]])
@@ -381,7 +451,10 @@ def test_other_ranks_are_silent_where_torchrun_ends_them(world, end, capsys, mon
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(train, "setup", lambda: torch.device("cpu"))
     monkeypatch.setattr(train, "asked_to_stop", signal.SIGTERM)
-    assert call(run_all, ["--preset", "tiny", *(part.format(w=world) for part in end)], monkeypatch) == 143
+    assert (
+        call(run_all, ["--preset", "tiny", *(part.format(w=world) for part in end)], monkeypatch)
+        == 143
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -389,26 +462,51 @@ def test_other_ranks_are_silent_where_torchrun_ends_them(world, end, capsys, mon
 
 
 def preflight_run(world, out, monkeypatch, *extra):
-    return call(run_all, [*FEW, "--pairs", "tiny", "--data-dir", f"{world}/rows/good", "--out", str(out), *extra], monkeypatch)
+    return call(
+        run_all,
+        [*FEW, "--pairs", "tiny", "--data-dir", f"{world}/rows/good", "--out", str(out), *extra],
+        monkeypatch,
+    )
 
 
 def test_plan_names_every_cell_and_what_it_takes(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_all.Cell, "run", lambda self: [])
     monkeypatch.setattr(run_all.report, "table", lambda rows: "")
     models = ["--models-dir", f"{world}/models", "--target", "target", "--draft", "bin"]
-    argv = [*FEW, "--tasks", "gsm8k,arithmetic", "--pairs", "tiny,custom", *models, "--data-dir", f"{world}/rows/good"]
-    assert call(run_all, [*argv, "--limit", "30", "--seeds", "0,7", "--out", str(tmp_path)], monkeypatch) == 0
+    argv = [
+        *FEW,
+        "--tasks",
+        "gsm8k,arithmetic",
+        "--pairs",
+        "tiny,custom",
+        *models,
+        "--data-dir",
+        f"{world}/rows/good",
+    ]
+    assert (
+        call(
+            run_all, [*argv, "--limit", "30", "--seeds", "0,7", "--out", str(tmp_path)], monkeypatch
+        )
+        == 0
+    )
     plan = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert [line.split(":")[0] for line in plan[1:5]] == [
-        f"{pair} / {task} / seed 0, 7" for pair in ("tiny", "custom") for task in ("gsm8k", "arithmetic")
+        f"{pair} / {task} / seed 0, 7"
+        for pair in ("tiny", "custom")
+        for task in ("gsm8k", "arithmetic")
     ]
-    assert all("30 train rows" in line and "steps of target, reference, draft: 1, 1, 1" in line for line in plan[1:5])
+    assert all(
+        "30 train rows" in line and "steps of target, reference, draft: 1, 1, 1" in line
+        for line in plan[1:5]
+    )
     assert "GiB of disk" in plan[5] and "of memory" in plan[5] and len(plan) == 6
 
 
 def test_last_cell_is_checked_before_the_first_is_trained(world, tmp_path, capsys, monkeypatch):
     assert preflight_run(world, tmp_path, monkeypatch, "--tasks", "gsm8k,mbpp") == 1
-    assert "mbpp/train.jsonl does not exist" in capsys.readouterr().err and not list(tmp_path.rglob("*.safetensors"))
+    assert "mbpp/train.jsonl does not exist" in capsys.readouterr().err and not list(
+        tmp_path.rglob("*.safetensors")
+    )
 
 
 @pytest.mark.parametrize(("free", "code"), [(0, 1), (2**24, 1), (2**40, 0)])
@@ -418,16 +516,27 @@ def test_disk_that_is_too_small(world, tmp_path, capsys, monkeypatch, free, code
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**50, 0, free))
     assert preflight_run(world, tmp_path, monkeypatch) == code
     err = capsys.readouterr().err
-    assert (f"the disk of --out {tmp_path} is too small: 0.0" in err and "make room" in err) if code else not err
+    assert (
+        (f"the disk of --out {tmp_path} is too small: 0.0" in err and "make room" in err)
+        if code
+        else not err
+    )
 
 
-def test_disk_estimate_is_what_a_run_leaves_and_what_is_there_counts(world, tmp_path, capsys, monkeypatch):
+def test_disk_estimate_is_what_a_run_leaves_and_what_is_there_counts(
+    world, tmp_path, capsys, monkeypatch
+):
     def wanted():
         printed = capsys.readouterr().out
-        return [float(printed.split(before)[1].split(" ")[0]) for before in ("About ", "GiB of disk (")]
+        return [
+            float(printed.split(before)[1].split(" ")[0]) for before in ("About ", "GiB of disk (")
+        ]
 
     assert preflight_run(world, tmp_path, monkeypatch) == 0
-    (total, kept), left = wanted(), sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) / 2**30
+    (total, kept), left = (
+        wanted(),
+        sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) / 2**30,
+    )
     assert kept == pytest.approx(left, abs=0.0006) and total > 2 * kept  # printed with three digits
     assert preflight_run(world, tmp_path, monkeypatch) == 0
     assert wanted() == [0, 0]
@@ -456,7 +565,9 @@ def test_right_models_pass_the_check(architecture, make_model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     checked = speculative.check_model(tmp_path)
-    assert {p.device.type for p in checked.parameters()} == {"meta"} and checked.num_parameters() == model.num_parameters()
+    assert {p.device.type for p in checked.parameters()} == {
+        "meta"
+    } and checked.num_parameters() == model.num_parameters()
 
 
 def test_bin_is_read_as_weights_only(world):
@@ -480,29 +591,47 @@ def forbidden(source: str) -> list[str]:
             found += [
                 n
                 for n in names
-                if n.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
+                if n.split(".")[0]
+                in ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
             ]
         if not isinstance(node, ast.Call):
             continue
         call, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
         last = call.split(".")[-1]
-        if call in ("eval", "exec", "compile", "__import__", "os.system", "os.popen") or last in ("run_path", "run_module"):
+        if call in ("eval", "exec", "compile", "__import__", "os.system", "os.popen") or last in (
+            "run_path",
+            "run_module",
+        ):
             found.append(call)
         if given.get("shell", "False") != "False" or given.get("allow_pickle", "False") != "False":
             found.append(call)
         if call == "torch.load" and given.get("weights_only") != "True":
             found.append(call)
-        if given.get("trust_remote_code", "False") != "False" or given.get("weights_only", "True") != "True":
+        if (
+            given.get("trust_remote_code", "False") != "False"
+            or given.get("weights_only", "True") != "True"
+        ):
             found.append(call)
-        if call.startswith("Auto") and last == "from_pretrained" and "trust_remote_code" not in given:
+        if (
+            call.startswith("Auto")
+            and last == "from_pretrained"
+            and "trust_remote_code" not in given
+        ):
             found.append(call)  # left out, the user would be asked
     return found
 
 
 def test_nothing_runs_what_comes_from_outside():
-    paths = [path for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern) if path.parent.name != "tests"]
+    paths = [
+        path
+        for pattern in ("*.py", "*/*.py")
+        for path in ROOT.glob(pattern)
+        if path.parent.name != "tests"
+    ]
     assert len(paths) >= 8
-    assert {path.name: forbidden(path.read_text()) for path in paths} == {path.name: [] for path in paths}
+    assert {path.name: forbidden(path.read_text()) for path in paths} == {
+        path.name: [] for path in paths
+    }
 
 
 @pytest.mark.parametrize(
@@ -532,17 +661,31 @@ def test_any_rows_are_read_or_refused(tmp_path):
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
     values = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
-        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(st.characters(), max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2)
+        ),
         max_leaves=3,
     )
     columns = ["question", "answer", "text", "code", "test_list", "x"]
     texts = st.lists(st.text(max_size=4), max_size=2) | st.text(max_size=4)
-    rows = st.dictionaries(st.sampled_from(columns), texts | values, max_size=6).map(json.dumps).map(str.encode)
-    lines = st.lists(rows | st.binary(max_size=20) | values.map(json.dumps).map(str.encode), max_size=4).map(b"\n".join)
+    rows = (
+        st.dictionaries(st.sampled_from(columns), texts | values, max_size=6)
+        .map(json.dumps)
+        .map(str.encode)
+    )
+    lines = st.lists(
+        rows | st.binary(max_size=20) | values.map(json.dumps).map(str.encode), max_size=4
+    ).map(b"\n".join)
 
     @hypothesis.settings(max_examples=300, deadline=None, database=None)
-    @hypothesis.given(st.sampled_from(["gsm8k", "mbpp"]), st.binary() | lines, st.none() | st.integers(1, 3))
+    @hypothesis.given(
+        st.sampled_from(["gsm8k", "mbpp"]), st.binary() | lines, st.none() | st.integers(1, 3)
+    )
     def read(task, content, limit):
         (tmp_path / task).mkdir(exist_ok=True)
         (tmp_path / task / "train.jsonl").write_bytes(content)
@@ -552,7 +695,8 @@ def test_any_rows_are_read_or_refused(tmp_path):
             assert "\n" not in str(error) and "train.jsonl" in str(error)
         else:
             assert found and all(
-                isinstance(data.TASKS[task].prompt(row) + data.TASKS[task].response(row), str) for row in found
+                isinstance(data.TASKS[task].prompt(row) + data.TASKS[task].response(row), str)
+                for row in found
             )
 
     read()
@@ -561,15 +705,15 @@ def test_any_rows_are_read_or_refused(tmp_path):
 def test_any_arguments_are_parsed_or_refused(tmp_path):
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
-    flags = (
-        "tasks pairs methods seeds k lr epochs gamma limit out preset regime dtype target draft data-dir models-dir cache-gb"
-    )
+    flags = "tasks pairs methods seeds k lr epochs gamma limit out preset regime dtype target draft data-dir models-dir cache-gb"
     flags = [f"--{flag}" for flag in [*flags.split(), "shard-target"]]
-    words = "gsm8k tiny custom adaspec optimal 0 1 -1 0.4 nan inf 1e999 0,3,3 float32 --tasks".split()
-    word = st.sampled_from([*words, str(tmp_path)]) | st.text(max_size=6)
-    pair = st.tuples(st.sampled_from(flags), word).map(list) | st.tuples(st.sampled_from(flags), word).map(
-        lambda both: ["=".join(both)]
+    words = (
+        "gsm8k tiny custom adaspec optimal 0 1 -1 0.4 nan inf 1e999 0,3,3 float32 --tasks".split()
     )
+    word = st.sampled_from([*words, str(tmp_path)]) | st.text(max_size=6)
+    pair = st.tuples(st.sampled_from(flags), word).map(list) | st.tuples(
+        st.sampled_from(flags), word
+    ).map(lambda both: ["=".join(both)])
 
     @hypothesis.settings(max_examples=300, deadline=None, database=None)
     @hypothesis.given(st.lists(pair | st.lists(word, max_size=1), max_size=5))
@@ -579,9 +723,16 @@ def test_any_arguments_are_parsed_or_refused(tmp_path):
             with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
                 args = run_all.parse([word for part in parts for word in part])
         except SystemExit as stop:
-            assert stop.code == 0 or (stop.code == 2 and err.getvalue().startswith("run_all.py: error: "))
+            assert stop.code == 0 or (
+                stop.code == 2 and err.getvalue().startswith("run_all.py: error: ")
+            )
         else:
-            assert 0 < args.k <= 1 and args.gamma >= 1 and set(args.tasks) <= set(data.TASKS) and min(args.seeds) >= 0
+            assert (
+                0 < args.k <= 1
+                and args.gamma >= 1
+                and set(args.tasks) <= set(data.TASKS)
+                and min(args.seeds) >= 0
+            )
             assert args.lr is None or 0 <= args.lr < float("inf")
 
     parse()

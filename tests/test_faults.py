@@ -64,7 +64,9 @@ def stopping_at(step):
 def run(model, examples, folder=None, objective=None, **settings):
     settings = {"vocab_size": 400, "lr": 1e-3, "epochs": 2, "batch_size": 12} | settings
     checkpoints = train.Checkpoints(folder, "mark") if folder else None
-    summary = train.train(model, examples, objective or stopping_at(None), checkpoints=checkpoints, **settings)
+    summary = train.train(
+        model, examples, objective or stopping_at(None), checkpoints=checkpoints, **settings
+    )
     return {name: value.clone() for name, value in model.state_dict().items()}, summary
 
 
@@ -75,7 +77,9 @@ def stop_in(step, make_model, examples, folder, **settings):
 
 
 def same(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -85,7 +89,10 @@ def test_stopped_training_goes_on_to_the_same_bits(make_model, examples, tmp_pat
     assert undisturbed["steps"] == 10
     stop_in(3, make_model, examples, tmp_path, dtype=dtype)
     stop_in(4, make_model, examples, tmp_path, dtype=dtype)
-    assert [path.stem for path in sorted(tmp_path.glob("*.pt"))] == ["000000003-mark", "000000007-mark"]
+    assert [path.stem for path in sorted(tmp_path.glob("*.pt"))] == [
+        "000000003-mark",
+        "000000007-mark",
+    ]
     found, summary = run(make_model(seed=9), examples, tmp_path, dtype=dtype)
     assert same(found, expected)
     assert summary | {"seconds": 0} == undisturbed | {"seconds": 0}
@@ -95,8 +102,16 @@ def test_on_policy_training_goes_on_to_the_same_bits(make_model, examples, tmp_p
     """Saved only where the responses are written anew, from the very weights that are saved."""
 
     def rewrite(model, rows, step):
-        parts = [model(torch.from_numpy(examples[row].input_ids).long()[None]).logits[0, :, :400].argmax(-1) for row in rows]
-        return [examples[row]._replace(input_ids=part.int().numpy()) for row, part in zip(rows, parts, strict=True)]
+        parts = [
+            model(torch.from_numpy(examples[row].input_ids).long()[None])
+            .logits[0, :, :400]
+            .argmax(-1)
+            for row in rows
+        ]
+        return [
+            examples[row]._replace(input_ids=part.int().numpy())
+            for row, part in zip(rows, parts, strict=True)
+        ]
 
     expected, _ = run(make_model(), examples, rewrite=rewrite, refresh=3)
     stop_in(4, make_model, examples, tmp_path, rewrite=rewrite, refresh=3)
@@ -111,7 +126,10 @@ def test_checkpoints_of_other_settings_do_not_push_new_ones_out(make_model, exam
     (tmp_path / "000000009-other.pt.partial").touch()
     assert other.newest() is None
     other.save(2, {})
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["000000002-other.pt", "000000002-other.sha256"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "000000002-other.pt",
+        "000000002-other.sha256",
+    ]
     assert other.newest()
 
 
@@ -134,8 +152,12 @@ def test_saves_by_the_clock_and_keeps_two_generations(make_model, examples, tmp_
     ]
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lambda path: path.with_suffix(".sha256").unlink()])
-def test_damaged_checkpoint_is_named_and_the_one_before_used(make_model, examples, tmp_path, damage, capsys):
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, lambda path: path.with_suffix(".sha256").unlink()]
+)
+def test_damaged_checkpoint_is_named_and_the_one_before_used(
+    make_model, examples, tmp_path, damage, capsys
+):
     expected, _ = run(make_model(), examples)
     stop_in(3, make_model, examples, tmp_path)
     stop_in(4, make_model, examples, tmp_path)
@@ -151,7 +173,10 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(make_model, example
 
 def test_checkpoint_of_another_stage_is_not_used(make_model, examples, tmp_path):
     stop_in(3, make_model, examples, tmp_path)
-    assert train.Checkpoints(tmp_path, "mark").newest() and not train.Checkpoints(tmp_path, "other").newest()
+    assert (
+        train.Checkpoints(tmp_path, "mark").newest()
+        and not train.Checkpoints(tmp_path, "other").newest()
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -203,7 +228,9 @@ def test_stopped_cache_goes_on_where_it_was(examples, tmp_path):
     train.asked_to_stop = None
     stopped.fill(values_of(asked), CPU, 4, "toy")
     assert sorted(asked) == list(range(len(examples))), "an example was run twice or never"
-    assert (tmp_path / "stopped" / "0.bin").read_bytes() == (tmp_path / "whole" / "0.bin").read_bytes()
+    assert (tmp_path / "stopped" / "0.bin").read_bytes() == (
+        tmp_path / "whole" / "0.bin"
+    ).read_bytes()
     assert all(map(torch.equal, content(whole, examples), content(stopped, examples)))
 
 
@@ -230,7 +257,9 @@ def test_damaged_cache_is_named_and_made_anew(examples, tmp_path, capsys, damage
     again.fill(values_of(asked), CPU, 4, "toy")
     harmless = stop_after and damage is flip  # the last byte was yet to be written
     assert len(asked) == len(examples) - (16 if harmless else 0)
-    assert ("0.bin is damaged" in capsys.readouterr().out) == (damage is not drop_note and not harmless)
+    assert ("0.bin is damaged" in capsys.readouterr().out) == (
+        damage is not drop_note and not harmless
+    )
     fresh = cache(tmp_path / "fresh", examples)
     fresh.fill(values_of([]), CPU, 4, "toy")
     assert all(map(torch.equal, content(again, examples), content(fresh, examples)))
@@ -249,7 +278,12 @@ def test_damaged_files_of_a_finished_run_are_noticed(finished, tmp_path, capsys,
     flip(next(finished.glob("tokenised/*.tokens")), 500)
     run_all.main([*SHORT, "--out", str(finished)])
     out = capsys.readouterr().out
-    for name in ("adaspec/model.safetensors", "base-draft/model.safetensors", "evaluation.json", "target/stage.json"):
+    for name in (
+        "adaspec/model.safetensors",
+        "base-draft/model.safetensors",
+        "evaluation.json",
+        "target/stage.json",
+    ):
         assert f"{name} is damaged" in out, name
     assert any("is damaged: tokenising anew" in str(warning.message) for warning in recwarn)
     assert {path: path.read_bytes() for path in finished.rglob("*.safetensors")} == before
@@ -284,13 +318,19 @@ def wait_for(process, words):
 
 
 def test_signals_save_and_say_so(finished, tmp_path):
-    for number, code, words in ((signal.SIGTERM, 143, "train rows"), (signal.SIGINT, 130, "base-target")):
+    for number, code, words in (
+        (signal.SIGTERM, 143, "train rows"),
+        (signal.SIGINT, 130, "base-target"),
+    ):
         process = start(tmp_path)
         wait_for(process, words)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == code, errors[-2000:]
-        assert f"stopped by {number.name}; the same command goes on" in errors and "Traceback" not in errors
+        assert (
+            f"stopped by {number.name}; the same command goes on" in errors
+            and "Traceback" not in errors
+        )
     run_all.main([*SHORT, "--out", str(tmp_path)])
     assert bench.difference(finished, tmp_path) is None
 
@@ -301,11 +341,20 @@ def test_killed_runs_end_in_the_same_files(tmp_path, capsys):
 
 
 def test_a_dead_rank_is_named_and_torchruns_restart_resumes(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--max-restarts",
+    ]
     process = start(tmp_path / "killed", *launcher, "1")
     wait_for(process, "base-target")
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (first,) = (pid for pid in workers if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    (first,) = (
+        pid for pid in workers if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    )
     killed = time.monotonic()
     os.kill(int(first), signal.SIGKILL)
     wait_for(process, "base-target: done before")

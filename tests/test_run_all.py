@@ -43,21 +43,34 @@ def test_every_stage_and_the_table(finished, capsys):
         assert row["tau"] == counts["generated"] / counts["target_calls"]
         low, high = row["alpha_interval"]
         assert low <= row["alpha"] <= high and row["speedup"] > 0
-        assert (row["gamma"], row["prompts"], row["split"], row["dtype"]) == (5, 6, "test", "float32")
+        assert (row["gamma"], row["prompts"], row["split"], row["dtype"]) == (
+            5,
+            6,
+            "test",
+            "float32",
+        )
         if row["temperature"] == 0:
             assert row["expected_acceptance"] == row["agreement"]
     text = report.table(results["rows"])
     cells, protocol, _, took = text.split("\n\n")
     assert (
-        "| arithmetic | tiny | 0 | DistillSpec | 1.0 | 3 |" in took and "| arithmetic | tiny | 0 | AdaSPEC | 2.0 | 6 |" in took
+        "| arithmetic | tiny | 0 | DistillSpec | 1.0 | 3 |" in took
+        and "| arithmetic | tiny | 0 | AdaSPEC | 2.0 | 6 |" in took
     )
-    assert len({line.count("|") for line in cells.splitlines()}) == 1 and cells.count("AdaSPEC") == 2
-    assert "first 6 test prompts (speed-up: 1, one by one), gamma 5, max_new_tokens 12, float32, 1 x" in protocol
+    assert (
+        len({line.count("|") for line in cells.splitlines()}) == 1 and cells.count("AdaSPEC") == 2
+    )
+    assert (
+        "first 6 test prompts (speed-up: 1, one by one), gamma 5, max_new_tokens 12, float32, 1 x"
+        in protocol
+    )
 
 
 def test_stages_are_ordinary_hugging_face_folders(finished):
     for path in finished.rglob("stage.json"):
-        model, tokenizer = (cls.from_pretrained(path.parent) for cls in (AutoModelForCausalLM, AutoTokenizer))
+        model, tokenizer = (
+            cls.from_pretrained(path.parent) for cls in (AutoModelForCausalLM, AutoTokenizer)
+        )
         assert model.config.vocab_size == len(tokenizer)
         assert model.generation_config.eos_token_id == tokenizer.eos_token_id
         assert not list(path.parent.glob("*.bin"))
@@ -65,12 +78,16 @@ def test_stages_are_ordinary_hugging_face_folders(finished):
     assert not list(finished.rglob("*.partial"))
 
 
-def test_complete_stages_are_not_run_again_and_a_changed_setting_reruns_what_depends_on_it(finished, capsys):
+def test_complete_stages_are_not_run_again_and_a_changed_setting_reruns_what_depends_on_it(
+    finished, capsys
+):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     results = (finished / "results.json").read_text()
     run_all.main([*SHORT, "--out", str(finished)])
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
-    assert json.loads(results)["rows"] == json.loads((finished / "results.json").read_text())["rows"]
+    assert (
+        json.loads(results)["rows"] == json.loads((finished / "results.json").read_text())["rows"]
+    )
     out = capsys.readouterr().out
     assert all(f"{stage}: done before" in out for stage in STAGES) and "last loss" not in out
     with pytest.raises(ValueError, match="torchrun"):
@@ -91,14 +108,23 @@ def test_two_ranks_end_in_the_same_models(finished, tmp_path):
     """Ranks of unequal token counts, a quantile over both, one voice: 3 steps a stage agree to float32 rounding."""
     single, double = tmp_path / "single", tmp_path / "double"
     run_all.main([*SHORT, "--out", str(single)])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command = [*launcher, str(ROOT / "run_all.py"), *SHORT, "--out", str(double)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("| AdaSPEC |") == 3, "only rank 0 may print"
     for path in single.rglob("model.safetensors"):
         both = (load_file(path), load_file(double / path.relative_to(single)))
-        ours, theirs = (torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in both)
+        ours, theirs = (
+            torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in both
+        )
         # not element by element: Adam's first steps are +-lr for a gradient that is nothing but rounding
         assert (ours - theirs).norm() < 1e-5 * ours.norm(), path.parent.name
     rows = [json.loads((out / "results.json").read_text())["rows"] for out in (single, double)]
@@ -113,7 +139,9 @@ def save_pair(folder, tokenizer, make_model, pair="pythia", draft_tokenizer=None
     names = run_all.PAIRS[pair].target.split("/")[-1], run_all.PAIRS[pair].draft
     for name, architecture, padding in zip(names, architectures, (48, 16), strict=True):
         make_model(architecture, vocab_size=len(tokenizer) + padding).save_pretrained(folder / name)
-        (draft_tokenizer if draft_tokenizer and padding == 16 else tokenizer).save_pretrained(folder / name)
+        (draft_tokenizer if draft_tokenizer and padding == 16 else tokenizer).save_pretrained(
+            folder / name
+        )
 
 
 def write_rows(folder, task):
@@ -122,19 +150,34 @@ def write_rows(folder, task):
         rows = data.arithmetic_rows(split)[:n]
         if task == "custom":
             rows = [{"prompt": row["question"], "response": row["answer"]} for row in rows]
-        (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / task / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
 
 FEW = "--max-steps 2 --batch 4 --eval-prompts 4 --timed-prompts 1 --max-new-tokens 8 --max-length 128".split()
 
 
 @pytest.mark.parametrize("pair", ["pythia", "codegen"])
-def test_pretrained_pair_from_a_folder_with_heads_padded_differently(tmp_path, tokenizer, make_model, pair):
+def test_pretrained_pair_from_a_folder_with_heads_padded_differently(
+    tmp_path, tokenizer, make_model, pair
+):
     save_pair(tmp_path / "models", tokenizer, make_model, pair)
     write_rows(tmp_path / "rows", "gsm8k")
-    where = ["--models-dir", str(tmp_path / "models"), "--data-dir", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]
+    where = [
+        "--models-dir",
+        str(tmp_path / "models"),
+        "--data-dir",
+        str(tmp_path / "rows"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     run_all.main([*FEW, *where, "--pairs", pair, "--tasks", "gsm8k", "--epochs", "0,1,2"])
-    assert set(notes(tmp_path / "out")) == {"distilled-1-epochs", "distilled-2-epochs", "adaspec"}, "target taken as it is"
+    assert set(notes(tmp_path / "out")) == {
+        "distilled-1-epochs",
+        "distilled-2-epochs",
+        "adaspec",
+    }, "target taken as it is"
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["rows"]) == 6
     settings = notes(tmp_path / "out")["adaspec"]["settings"]
     assert (settings["lr"], settings["batch_size"], settings["k"]) == (3e-4, 4, 0.4)
@@ -143,9 +186,26 @@ def test_pretrained_pair_from_a_folder_with_heads_padded_differently(tmp_path, t
 def test_own_pair_and_task(tmp_path, tokenizer, make_model):
     save_pair(tmp_path, tokenizer, make_model)
     write_rows(tmp_path / "rows", "custom")
-    models = ["--target", str(tmp_path / "pythia-1.4b"), "--draft", str(tmp_path / "EleutherAI/pythia-31m")]
+    models = [
+        "--target",
+        str(tmp_path / "pythia-1.4b"),
+        "--draft",
+        str(tmp_path / "EleutherAI/pythia-31m"),
+    ]
     where = ["--data-dir", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]
-    run_all.main([*FEW, *where, *models, "--pairs", "custom", "--tasks", "custom", "--methods", "distillspec"])
+    run_all.main(
+        [
+            *FEW,
+            *where,
+            *models,
+            "--pairs",
+            "custom",
+            "--tasks",
+            "custom",
+            "--methods",
+            "distillspec",
+        ]
+    )
     assert set(notes(tmp_path / "out")) == {"target", "distilled-3-epochs"}
 
 
@@ -153,7 +213,14 @@ def test_tokenizers_that_differ_are_refused_by_the_first_token(tmp_path, tokeniz
     other = data.train_tokenizer(["zebra zebra zebra"], len(tokenizer))
     save_pair(tmp_path / "models", tokenizer, make_model, draft_tokenizer=other)
     write_rows(tmp_path / "rows", "gsm8k")
-    where = ["--models-dir", str(tmp_path / "models"), "--data-dir", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]
+    where = [
+        "--models-dir",
+        str(tmp_path / "models"),
+        "--data-dir",
+        str(tmp_path / "rows"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     with pytest.raises(ValueError, match=r"tokenizers differ: token 257 is "):
         run_all.main([*FEW, *where, "--pairs", "pythia", "--tasks", "gsm8k"])
 
@@ -189,18 +256,50 @@ def test_bad_arguments(argv, message, capsys):
 
 def test_seeds_can_share_a_target(tmp_path):
     few = "--preset tiny --limit 16 --eval-prompts 2 --timed-prompts 1 --max-new-tokens 8 --max-steps 2".split()
-    run_all.main([*few, "--seeds", "1,0", "--target-seed", "0", "--methods", "distillspec", "--out", str(tmp_path)])
+    run_all.main(
+        [
+            *few,
+            "--seeds",
+            "1,0",
+            "--target-seed",
+            "0",
+            "--methods",
+            "distillspec",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     cell = tmp_path / "tiny" / "arithmetic"
-    assert {path.parent.name for path in (cell / "seed1").glob("*/stage.json")} == {"base-draft", "distilled-3-epochs"}
-    made = [json.loads((cell / f"seed{seed}/distilled-3-epochs/stage.json").read_text())["settings"] for seed in (0, 1)]
+    assert {path.parent.name for path in (cell / "seed1").glob("*/stage.json")} == {
+        "base-draft",
+        "distilled-3-epochs",
+    }
+    made = [
+        json.loads((cell / f"seed{seed}/distilled-3-epochs/stage.json").read_text())["settings"]
+        for seed in (0, 1)
+    ]
     assert made[0]["target"] == made[1]["target"] and made[0]["init"] != made[1]["init"]
 
 
 def test_errors_are_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "run_all.py"), "--tasks", "gsm8k", "--pairs", "tiny", "--data-dir", str(tmp_path)]
-    done = subprocess.run([*command, "--out", str(tmp_path / "o")], capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        str(ROOT / "run_all.py"),
+        "--tasks",
+        "gsm8k",
+        "--pairs",
+        "tiny",
+        "--data-dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "o")], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("run_all.py: error: ") and "train.jsonl" in done.stderr
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("run_all.py: error: ")
+        and "train.jsonl" in done.stderr
+    )
 
 
 def test_recipes_are_the_papers():
@@ -221,11 +320,28 @@ def test_recipes_are_the_papers():
 
 def test_methods_are_read_and_named():
     method = run_all.Method.parse("adaspec:k=0.2:select=bottom:gap=tvd:epochs=4")
-    assert (method.k, method.select, method.gap, method.epochs, method.divergence) == (0.2, "bottom", "tvd", 4, "fkl")
-    assert str(method) == "AdaSPEC k=0.2 gap=tvd select=bottom epochs=4" and str(run_all.Method("distillspec")) == "DistillSpec"
-    args = run_all.parse(["--methods", "distillspec,adaspec:k=0.4,adaspec:gap=rkl", "--gap", "tvd", "--k", "0.3"])
-    assert [str(m) for m in args.methods] == ["DistillSpec", "AdaSPEC gap=tvd", "AdaSPEC k=0.3 gap=rkl"]
-    assert [m.k for m in run_all.parse(["--ablation", "k", "--k", "0.3"]).methods] == [n / 10 for n in range(1, 11)]
+    assert (method.k, method.select, method.gap, method.epochs, method.divergence) == (
+        0.2,
+        "bottom",
+        "tvd",
+        4,
+        "fkl",
+    )
+    assert (
+        str(method) == "AdaSPEC k=0.2 gap=tvd select=bottom epochs=4"
+        and str(run_all.Method("distillspec")) == "DistillSpec"
+    )
+    args = run_all.parse(
+        ["--methods", "distillspec,adaspec:k=0.4,adaspec:gap=rkl", "--gap", "tvd", "--k", "0.3"]
+    )
+    assert [str(m) for m in args.methods] == [
+        "DistillSpec",
+        "AdaSPEC gap=tvd",
+        "AdaSPEC k=0.3 gap=rkl",
+    ]
+    assert [m.k for m in run_all.parse(["--ablation", "k", "--k", "0.3"]).methods] == [
+        n / 10 for n in range(1, 11)
+    ]
     for name in run_all.ABLATIONS:
         assert len(run_all.parse(["--ablation", name, "--tasks", "gsm8k+mbpp"]).methods) >= 3
     (best,) = run_all.parse(["--methods", "best", "--divergence", "rkl"]).methods
@@ -271,12 +387,23 @@ def test_matchings_share_what_they_say(tmp_path):
     found = {row["draft"]: row for row in rows}
     uniform, matched = (
         found["DistillSpec"],
-        {m: found[f"AdaSPEC match={m}"] for m in ("epochs", "tokens")} | {"steps": found["AdaSPEC"]},
+        {m: found[f"AdaSPEC match={m}"] for m in ("epochs", "tokens")}
+        | {"steps": found["AdaSPEC"]},
     )
-    own = {m: {key: row[key] - uniform[key] for key in ("epochs", "steps", "loss_tokens")} for m, row in matched.items()}
-    assert own["steps"]["steps"] == uniform["steps"] and own["steps"]["epochs"] == uniform["epochs"] == 2
+    own = {
+        m: {key: row[key] - uniform[key] for key in ("epochs", "steps", "loss_tokens")}
+        for m, row in matched.items()
+    }
+    assert (
+        own["steps"]["steps"] == uniform["steps"]
+        and own["steps"]["epochs"] == uniform["epochs"] == 2
+    )
     assert own["steps"]["loss_tokens"] == pytest.approx(0.4 * uniform["loss_tokens"], rel=0.01)
-    assert own["epochs"]["epochs"] == 2 and own["epochs"]["steps"] == 2 * 2 and uniform["steps"] == 2 * 5
+    assert (
+        own["epochs"]["epochs"] == 2
+        and own["epochs"]["steps"] == 2 * 2
+        and uniform["steps"] == 2 * 5
+    )
     assert own["epochs"]["loss_tokens"] == pytest.approx(0.4 * uniform["loss_tokens"], rel=0.01)
     assert own["tokens"]["steps"] == uniform["steps"]
     assert own["tokens"]["loss_tokens"] == pytest.approx(uniform["loss_tokens"], rel=0.05)
@@ -286,7 +413,9 @@ def test_matchings_share_what_they_say(tmp_path):
 def test_selection_takes_top_bottom_or_any(make_model, tmp_path, tokenizer):
     import train
 
-    examples, _ = data.encode("arithmetic", data.load_rows("arithmetic", "train", limit=8), tokenizer, 128)
+    examples, _ = data.encode(
+        "arithmetic", data.load_rows("arithmetic", "train", limit=8), tokenizer, 128
+    )
     target, draft = train.Frozen(make_model(seed=1), 400), make_model(seed=2)
     batch = train.make_batch(examples, list(range(8)), torch.device("cpu"))
     hidden, head = train.hidden_states(draft, batch).detach(), train.Head(draft, 400)
@@ -294,7 +423,9 @@ def test_selection_takes_top_bottom_or_any(make_model, tmp_path, tokenizer):
 
     def loss(select, **how):
         how = {"divergence": "fkl", "gap": "tvd"} | how
-        objective = run_all.selective_distillation(target, lambda batch: torch.zeros(len(gap)), 0.25, select=select, **how)
+        objective = run_all.selective_distillation(
+            target, lambda batch: torch.zeros(len(gap)), 0.25, select=select, **how
+        )
         summed, count = objective(hidden, head, batch)
         return summed.item(), count
 
@@ -304,7 +435,9 @@ def test_selection_takes_top_bottom_or_any(make_model, tmp_path, tokenizer):
     assert abs(count - len(gap) / 4) <= 1 and loss("bottom")[1] == loss("random")[1] == count
     assert loss("top")[0] == pytest.approx(kl[order[:count]].sum().item(), rel=1e-5)
     assert loss("bottom")[0] == pytest.approx(kl[order[-count:]].sum().item(), rel=1e-5)
-    assert loss("top", divergence="tvd")[0] == pytest.approx(gap[order[:count]].sum().item(), rel=1e-5)
+    assert loss("top", divergence="tvd")[0] == pytest.approx(
+        gap[order[:count]].sum().item(), rel=1e-5
+    )
     torch.manual_seed(0)
     first = loss("random")
     assert first != loss("random")
@@ -316,7 +449,9 @@ def test_ablations_and_methods_exclude_each_other(capsys):
     assert "leave --methods out" in capsys.readouterr().err
 
 
-def test_a_methods_batch_that_does_not_feed_the_ranks_is_found_before_training(tmp_path, monkeypatch):
+def test_a_methods_batch_that_does_not_feed_the_ranks_is_found_before_training(
+    tmp_path, monkeypatch
+):
     import train
 
     monkeypatch.setattr(train, "world_size", lambda: 8)
@@ -329,10 +464,17 @@ def test_a_methods_batch_that_does_not_feed_the_ranks_is_found_before_training(t
 def test_the_fraction_kept_changes_as_training_goes_on(make_model, tokenizer):
     import train
 
-    assert [run_all.fraction_kept(0.2, k_end, 0.25) for k_end in (None, 1.0)] == [0.2, pytest.approx(0.4)]
-    examples, _ = data.encode("arithmetic", data.load_rows("arithmetic", "train", limit=8), tokenizer, 128)
+    assert [run_all.fraction_kept(0.2, k_end, 0.25) for k_end in (None, 1.0)] == [
+        0.2,
+        pytest.approx(0.4),
+    ]
+    examples, _ = data.encode(
+        "arithmetic", data.load_rows("arithmetic", "train", limit=8), tokenizer, 128
+    )
     target, draft, kept = train.Frozen(make_model(seed=1), 400), make_model(seed=2), []
-    objective = run_all.selective_distillation(target, lambda batch: torch.zeros(len(batch.index)), 0.1, 0.9)
+    objective = run_all.selective_distillation(
+        target, lambda batch: torch.zeros(len(batch.index)), 0.1, 0.9
+    )
 
     def watched(hidden, head, batch):
         loss, count = objective(hidden, head, batch)
@@ -347,7 +489,9 @@ def test_cross_entropy_as_gap_and_loss(make_model, tokenizer):
     """Fine-tuning instead of distillation: the gap and the loss of the data's own tokens, by log_softmax."""
     import train
 
-    examples, _ = data.encode("arithmetic", data.load_rows("arithmetic", "train", limit=8), tokenizer, 128)
+    examples, _ = data.encode(
+        "arithmetic", data.load_rows("arithmetic", "train", limit=8), tokenizer, 128
+    )
     target, draft = train.Frozen(make_model(seed=1), 400), make_model(seed=2)
     batch = train.make_batch(examples, list(range(8)), torch.device("cpu"))
     hidden, head = train.hidden_states(draft, batch).detach(), train.Head(draft, 400)
@@ -356,7 +500,9 @@ def test_cross_entropy_as_gap_and_loss(make_model, tokenizer):
         target, lambda batch: torch.zeros(len(losses)), 0.25, divergence="ce", gap="ce"
     )(hidden, head, batch)
     assert loss.item() == pytest.approx(losses.topk(count).values.sum().item(), rel=1e-5)
-    assert run_all.distillation(target, "ce")(hidden, head, batch)[0].item() == pytest.approx(losses.sum().item(), rel=1e-5)
+    assert run_all.distillation(target, "ce")(hidden, head, batch)[0].item() == pytest.approx(
+        losses.sum().item(), rel=1e-5
+    )
 
 
 def test_mixed_tasks_together_and_in_turn(tmp_path):
@@ -364,37 +510,71 @@ def test_mixed_tasks_together_and_in_turn(tmp_path):
     few = "--limit 16 --eval-prompts 2 --timed-prompts 1 --max-new-tokens 8 --max-length 160 --epochs 1,1,1 --batch 8".split()
     for task in ("gsm8k", "custom"):
         write_rows(tmp_path, task)
-    few += ["--tasks", "gsm8k+custom", "--pairs", "tiny", "--data-dir", str(tmp_path), "--out", str(tmp_path / "runs")]
+    few += [
+        "--tasks",
+        "gsm8k+custom",
+        "--pairs",
+        "tiny",
+        "--data-dir",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "runs"),
+    ]
     run_all.main([*few, "--ablation", "mixed"])
     rows = json.loads((tmp_path / "runs" / "results.json").read_text())["rows"]
     assert {row["task"] for row in rows} == {"gsm8k of gsm8k+custom", "custom of gsm8k+custom"}
     cell = tmp_path / "runs" / "tiny" / "gsm8k+custom" / "seed0"
     made = {path.parent.name: json.loads(path.read_text()) for path in cell.glob("*/stage.json")}
     settings = {name: note["settings"] for name, note in made.items()}
-    first, other = (made[name]["fingerprint"] for name in ("distilled-1-epochs-gsm8k", "adaspec-gsm8k"))
-    assert settings[f"distilled-1-epochs-custom-after-{first}"]["init"] == first != settings["distilled-1-epochs-gsm8k"]["init"]
+    first, other = (
+        made[name]["fingerprint"] for name in ("distilled-1-epochs-gsm8k", "adaspec-gsm8k")
+    )
+    assert (
+        settings[f"distilled-1-epochs-custom-after-{first}"]["init"]
+        == first
+        != settings["distilled-1-epochs-gsm8k"]["init"]
+    )
     ours = f"adaspec-custom-after-{other}"
     assert settings[ours]["init"] == other
-    assert settings[ours]["reference"] == made[f"distilled-1-epochs-custom-after-{other}"]["fingerprint"]
-    assert made["distilled-1-epochs-gsm8k"]["summary"]["rows"] == 16 and made["distilled-1-epochs"]["summary"]["rows"] == 32
+    assert (
+        settings[ours]["reference"]
+        == made[f"distilled-1-epochs-custom-after-{other}"]["fingerprint"]
+    )
+    assert (
+        made["distilled-1-epochs-gsm8k"]["summary"]["rows"] == 16
+        and made["distilled-1-epochs"]["summary"]["rows"] == 32
+    )
     took = {row["draft"]: row for row in rows}
-    assert took["AdaSPEC rows=in-turn"]["rows"] == 64 and took["AdaSPEC rows=in-turn"]["target_forwards"] == 32
+    assert (
+        took["AdaSPEC rows=in-turn"]["rows"] == 64
+        and took["AdaSPEC rows=in-turn"]["target_forwards"] == 32
+    )
     assert took["AdaSPEC rows=first"]["target_forwards"] == 16
 
 
 def test_foresight_of_the_gap_is_a_rank_correlation():
     rng = np.random.default_rng(0)
     a = rng.normal(size=1000)
-    assert run_all.rank_correlation(a, np.exp(a)) == pytest.approx(1) and run_all.rank_correlation(a, -a) == pytest.approx(-1)
-    b = 0.6 * a + 0.8 * rng.normal(size=1000)  # Pearson's 0.6 is Spearman's 0.582; four standard errors are 0.1
+    assert run_all.rank_correlation(a, np.exp(a)) == pytest.approx(1) and run_all.rank_correlation(
+        a, -a
+    ) == pytest.approx(-1)
+    b = 0.6 * a + 0.8 * rng.normal(
+        size=1000
+    )  # Pearson's 0.6 is Spearman's 0.582; four standard errors are 0.1
     assert run_all.rank_correlation(a, b) == pytest.approx(0.582, abs=0.1)
 
 
 def test_the_papers_numbers_are_beside_ours():
     row = {"task": "mbpp", "pair": "pythia", "draft": "AdaSPEC", "regime": "optimal"}
     assert report.paper_alpha(row) == "0.651"
-    assert report.paper_alpha(row | {"regime": "3-epoch", "pair": "codegen", "draft": "DistillSpec"}) == "0.874"
-    assert not any(report.paper_alpha(row | other) for other in ({"pair": "tiny"}, {"draft": "base"}, {"task": "arithmetic"}))
+    assert (
+        report.paper_alpha(row | {"regime": "3-epoch", "pair": "codegen", "draft": "DistillSpec"})
+        == "0.874"
+    )
+    assert not any(
+        report.paper_alpha(row | other)
+        for other in ({"pair": "tiny"}, {"draft": "base"}, {"task": "arithmetic"})
+    )
 
 
 def test_who_writes_the_responses(tmp_path):
@@ -407,23 +587,44 @@ def test_who_writes_the_responses(tmp_path):
     run_all.main([*few, "--methods", ",".join(methods), "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     found = {row["draft"]: row for row in rows}
-    assert [found[f"DistillSpec{name}"]["target_forwards"] for name in ("", " data=target", " data=on-policy")] == [24, 48, 24]
+    assert [
+        found[f"DistillSpec{name}"]["target_forwards"]
+        for name in ("", " data=target", " data=on-policy")
+    ] == [24, 48, 24]
     assert found["AdaSPEC data=target"]["target_forwards"] == 48
     cell = tmp_path / "tiny" / "arithmetic" / "seed0"
     made = {path.parent.name: load_file(path) for path in cell.glob("*/model.safetensors")}
     key = "embed_out.weight" if "embed_out.weight" in made["target"] else "lm_head.weight"
-    by_source = [made[f"distilled-1-epochs{name}"][key] for name in ("", "-data-target", "-data-on-policy", "-data-mixed")]
+    by_source = [
+        made[f"distilled-1-epochs{name}"][key]
+        for name in ("", "-data-target", "-data-on-policy", "-data-mixed")
+    ]
     assert all(not torch.equal(a, b) for i, a in enumerate(by_source) for b in by_source[:i])
-    assert torch.equal(by_source[0], made["distilled-1-epochs-data-mixed-share-0.0"][key]), "no row was to be rewritten"
+    assert torch.equal(by_source[0], made["distilled-1-epochs-data-mixed-share-0.0"][key]), (
+        "no row was to be rewritten"
+    )
     (written,) = cell.glob("target-written-*.tokens")
-    run_all.main([*few, "--methods", "distillspec:data=on-policy", "--max-new-tokens", "9", "--out", str(tmp_path)])
+    run_all.main(
+        [
+            *few,
+            "--methods",
+            "distillspec:data=on-policy",
+            "--max-new-tokens",
+            "9",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     again = load_file(cell / "distilled-1-epochs-data-on-policy" / "model.safetensors")
     assert not torch.equal(again[key], by_source[2]), "longer responses are other responses"
     examples, _ = data.read_examples(written)
     tokenizer = AutoTokenizer.from_pretrained(cell / "target")
-    truth, _ = data.encode("arithmetic", data.load_rows("arithmetic", "train", limit=24), tokenizer, 128)
+    truth, _ = data.encode(
+        "arithmetic", data.load_rows("arithmetic", "train", limit=24), tokenizer, 128
+    )
     assert all(
-        (a.input_ids[: a.prompt_length] == b.input_ids[: b.prompt_length]).all() for a, b in zip(examples, truth, strict=True)
+        (a.input_ids[: a.prompt_length] == b.input_ids[: b.prompt_length]).all()
+        for a, b in zip(examples, truth, strict=True)
     )
     assert all(a.prompt_length < len(a.input_ids) <= a.prompt_length + 8 for a in examples)
 
@@ -434,7 +635,10 @@ def test_means_over_seeds_are_paired_by_seed():
     rows = []
     for seed, (uniform, ours) in enumerate([(0.50, 0.51), (0.60, 0.62), (0.70, 0.73)]):
         for draft, alpha in (("DistillSpec", uniform), ("AdaSPEC", ours)):
-            rows.append(cell | {"seed": seed, "draft": draft, "alpha": alpha, "expected_acceptance": alpha / 2})
+            rows.append(
+                cell
+                | {"seed": seed, "draft": draft, "alpha": alpha, "expected_acceptance": alpha / 2}
+            )
     text = report.over_seeds(rows)
     assert "| gsm8k | tiny | 1.0 | DistillSpec | 0.600 (0.352 to 0.848) |  |" in text
     assert "| AdaSPEC | 0.620 (0.347 to 0.893) | +0.020 (-0.005 to +0.045) |" in text

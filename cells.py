@@ -1,0 +1,303 @@
+"""A cell: the rows, models and settings of one pair, task and seed, and the plans of its stages."""
+
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cli import printable
+from data import TASKS, Example, all_tokens, encode_once, load_rows, train_tokenizer
+from head import Head
+from models import check_model, model_identity, resolve_model, scratch_model, shared_tokenizer
+from ranks import check_stop, from_rank_0, rank, world_size
+from settings import PAIRS, Method, Pair, Recipe, Settings, recipe
+from speculative import takes_positions
+from stages import Plan, fit, on_policy, written_by_target
+from storage import Model, fingerprint
+from train import DTYPES, fine_tuning_step, fraction_kept
+
+SCRATCH_VOCABULARY = 512  # of a pair that is given by sizes
+SCRATCH_LR, SCRATCH_EPOCHS, SCRATCH_BATCH = 2e-3, 2, 16  # its pretraining, on whole train rows
+
+
+@dataclass
+class Cell:
+    """One pair, task and seed of a run."""
+
+    name: str  # of the pair, in folders and tables
+    task: str
+    seed: int
+    settings: Settings
+    pair: Pair
+    recipe: Recipe
+    device: torch.device
+    folder: Path
+    tokenizer: object
+    examples: list[Example]  # training rows
+    test: list[Example]  # held-out rows
+    dropped: tuple[int, int]  # rows of both without a response within max_length
+    model_names: list[str]  # target, draft; a pair with another kind of draft has the target alone
+    models: list[torch.nn.Module]  # likewise, without weights
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.settings.dtype]
+
+    @property
+    def target_seed(self) -> int:
+        shared = self.settings.target_seed
+        return self.seed if shared is None else shared
+
+    @property
+    def rows_at_once(self) -> int:
+        return self.settings.micro_batch or self.recipe.batch_size
+
+    @property
+    def header(self) -> str:
+        return f"\n{self.name} / {self.task} / seed {self.seed}: {self.sizes}"
+
+    @property
+    def sizes(self) -> str:
+        return (
+            f"{len(self.examples)} train rows, {len(self.test)} {self.settings.split} prompts "
+            f"({self.dropped[0]} and {self.dropped[1]} rows dropped: no response within "
+            f"{self.settings.max_length} tokens)"
+        )
+
+    @property
+    def plan(self) -> str:
+        """The line that announces the cell, all its seeds together."""
+        batches = -(-len(self.examples) // self.recipe.batch_size)
+        limit = self.settings.max_steps or sys.maxsize
+        steps = [str(min(epochs * batches, limit)) for epochs in self.recipe.epochs]
+        seeds = ", ".join(map(str, self.settings.seeds))
+        return (
+            f"{self.name} / {self.task} / seed {seeds}: {self.sizes}; "
+            f"steps of target, reference, draft: {', '.join(steps)}"
+        )
+
+
+# Making and checking a cell
+
+
+def prepare_cell(
+    pair_name: str,
+    task: str,
+    seed: int,
+    settings: Settings,
+    device,
+    pairs: dict = PAIRS,
+    texts: list[str] | None = None,
+) -> Cell:
+    """Load and tokenise the cell's rows and look at its models, without weights. The tokenizer of
+    a pair from scratch is trained on `texts`, or else on the cell's own training rows.
+
+    Raises ValueError where rows, models or tokenizers are missing or do not fit.
+    """
+    check_stop()
+    pair = Pair(settings.target, settings.draft) if pair_name == "custom" else pairs[pair_name]
+    rows = load_rows(task, "train", settings.data_dir, settings.limit)
+    test_rows = load_rows(task, settings.split, settings.data_dir, settings.eval_prompts)
+    if isinstance(pair.target, dict):
+        names = [f"{pair_name}'s target", f"{pair_name}'s draft"]
+        tokenizer = train_tokenizer(texts or row_texts(task, rows), SCRATCH_VOCABULARY)
+        with torch.device("meta"):
+            models = [scratch_model(sizes, tokenizer, seed) for sizes in pair.models]
+    else:
+        names = [resolve_model(name, settings.models_dir) for name in pair.models]
+        models = [check_model(name) for name in names]
+        tokenizer = shared_tokenizer(names[0], names[-1])
+    examples, dropped = encode_rows(task, rows, tokenizer, settings)
+    test, test_dropped = encode_rows(task, test_rows, tokenizer, settings)
+    name = pair_name
+    if pair_name == "custom":  # by what the models are: two folders may have one name
+        identities = [model_identity(name, Path(settings.out)) for name in names]
+        short_names = "-".join(Path(name).name for name in names)
+        name = f"custom-{short_names}-{fingerprint({'models': identities})[:8]}"
+    return Cell(
+        name=name,
+        task=task,
+        seed=seed,
+        settings=settings,
+        pair=pair,
+        recipe=recipe(task, pair_name, pair, settings),
+        device=device,
+        folder=Path(settings.out, name, task, f"seed{seed}"),
+        tokenizer=tokenizer,
+        examples=examples,
+        test=test,
+        dropped=(dropped, test_dropped),
+        model_names=names[: len(models)],
+        models=models,
+    )
+
+
+def row_texts(task: str, rows) -> list[str]:
+    return [TASKS[task].prompt(row) + TASKS[task].response(row) for row in rows]
+
+
+def encode_rows(task: str, rows, tokenizer, settings: Settings) -> tuple[list[Example], int]:
+    """The examples, and how many rows were dropped. Rank 0 tokenises first, and the others then
+    read what it has written. Raises ValueError where no rows are left."""
+    folder = Path(settings.out, "tokenised")
+    if rank() > 0:
+        from_rank_0()
+    examples, dropped = encode_once(folder, task, rows, tokenizer, settings.max_length)
+    if rank() == 0:
+        from_rank_0()
+    if not examples:
+        raise ValueError(
+            f"{task}: no rows are left within {settings.max_length} tokens; raise --max-length"
+        )
+    return examples, dropped
+
+
+def check_cell(cell: Cell, methods: list[Method]) -> None:
+    """What training and evaluation will ask of the cell. Raises ValueError for what would fail
+    days later: contexts, heads, batches that do not feed the ranks."""
+    settings = cell.settings
+    longest = max(example.prompt_length for example in cell.test) + settings.max_new_tokens
+    for name, model in zip(cell.model_names, cell.models, strict=True):
+        context = getattr(model.config, "max_position_embeddings", sys.maxsize)
+        if context < max(longest, settings.max_length):
+            raise ValueError(
+                f"{printable(name)} has a context of {context} tokens; --max-length is "
+                f"{settings.max_length}, and the longest prompt with --max-new-tokens "
+                f"{settings.max_new_tokens} takes {longest}"
+            )
+        Head(model, len(cell.tokenizer))
+        if not takes_positions(model):
+            raise ValueError(
+                f"{printable(name)} takes no position_ids: batches of prompts cannot be decoded"
+            )
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(model.config, key, None) not in (None, 1):  # Head.check finds others
+                raise ValueError(
+                    f"{printable(name)} changes its logits after the output head ({key}); "
+                    "the loss here would miss that"
+                )
+    sizes = [cell.recipe.batch_size, *(method.batch for method in methods if method.batch)]
+    rows = min(*sizes, len(cell.examples))
+    if rows < world_size():
+        raise ValueError(
+            f"{cell.task}: batches of {rows} rows do not feed {world_size()} ranks; raise --batch"
+        )
+    tokens = sum(len(e.input_ids) - e.prompt_length for e in cell.examples)
+    width = cell.models[0].get_output_embeddings().weight.shape[1]
+    cache = tokens * width * cell.dtype.itemsize / 2**30
+    free = shutil.disk_usage(settings.out).free / 2**30
+    if free < cache <= settings.cache_gb:
+        raise ValueError(
+            f"{cell.task}: the target's cached states take {cache:.3f} GiB, and --out "
+            f"{settings.out} has {free:.3f} free; make room, or lower --cache-gb"
+        )
+
+
+# The plans of the stages
+
+
+def base_models(cell: Cell) -> tuple[Model, Model | None]:
+    """Target and draft before any stage: pretrained ones, or pretrained here."""
+    if not isinstance(cell.pair.target, dict):
+        folder = Path(cell.settings.out)
+        models = [Model(name, model_identity(name, folder)) for name in cell.model_names]
+        return models[0], models[-1]
+    target = pretrained(cell, "base-target", cell.pair.target, cell.target_seed)
+    draft = cell.pair.draft and pretrained(cell, "base-draft", cell.pair.draft, cell.seed)
+    return target, draft
+
+
+def pretrained(cell: Cell, name: str, sizes: dict, seed: int) -> Model:
+    """A small language model from scratch, on whole rows, prompts too."""
+    plan = Plan(
+        name=name,
+        init=sizes,
+        examples=all_tokens(cell.examples),
+        lr=SCRATCH_LR,
+        epochs=SCRATCH_EPOCHS,
+        batch_size=SCRATCH_BATCH,
+        seed=seed,
+    )
+    return fit(cell, plan, fine_tuning_step)
+
+
+def target_plan(cell: Cell, base: Model) -> Plan:
+    return Plan(
+        name="target",
+        init=base,
+        examples=cell.examples,
+        lr=cell.pair.target_lr,
+        epochs=cell.recipe.epochs[0],
+        batch_size=cell.recipe.batch_size,
+        seed=cell.target_seed,
+    )
+
+
+def reference_method(cell: Cell, method: Method) -> Method:
+    """How AdaSPEC's reference is trained: as a DistillSpec draft of the reference's epochs."""
+    return Method(
+        "distillspec",
+        divergence=method.reference,
+        data="target" if method.data == "target" else "ground-truth",
+        epochs=method.reference_epochs or cell.recipe.epochs[1],
+    )
+
+
+def draft_plan(
+    cell: Cell, method: Method, start: Model, target: Model, examples: list | None = None
+) -> Plan:
+    """How a draft is trained from `start` by a method, on the cell's rows if no others are
+    given."""
+    _, reference_epochs, draft_epochs = cell.recipe.epochs
+    if method.name == "best":
+        draft_epochs += reference_epochs
+    name = stage_name(cell, method, method.epochs or draft_epochs)
+    examples = examples or cell.examples
+    if method.data == "target":
+        examples = written_by_target(cell, target, examples)
+    epochs, batch_size, max_steps = matching(
+        cell, method, method.epochs or draft_epochs, len(examples)
+    )
+    return Plan(
+        name=name,
+        init=start,
+        examples=examples,
+        lr=method.lr or cell.recipe.lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=cell.seed,
+        decay=method.decay,
+        max_steps=max_steps,
+        method=method,
+        on_policy=on_policy(cell, method, examples),
+    )
+
+
+def matching(cell: Cell, method: Method, epochs: int, rows: int) -> tuple[int, int, int | None]:
+    """Epochs, batch size and bound on the steps of a draft, see `Method.match`."""
+    batch_size = method.batch or cell.recipe.batch_size
+    if method.name != "adaspec" or method.match == "steps":
+        return epochs, batch_size, None
+    k = fraction_kept(method, 0.5)  # in the mean
+    batch_size = round(batch_size / k)
+    if method.match == "epochs":
+        return epochs, batch_size, None
+    batches = -(-rows // batch_size)  # of a pass, which bears the loss of k * rows in all
+    steps = math.ceil(epochs * batches / k - 1e-6)
+    return -(-steps // batches), batch_size, steps
+
+
+def stage_name(cell: Cell, method: Method, epochs: int) -> str:
+    """The folder of a draft, by what is not usual in its training."""
+    names = {
+        "distillspec": f"distilled-{epochs}-epochs",
+        "best": f"best-{epochs}-epochs",
+        "adaspec": "adaspec",
+    }
+    changes = method.changed()
+    if method.name != "adaspec":
+        changes.pop("epochs", None)  # in the name
+    return "-".join([names[method.name], *(f"{key}-{changes[key]}" for key in changes)])

@@ -1,0 +1,1 @@
+"""What hangs on to the ground floor: studies, benchmarks, other kinds of drafts, engines."""

@@ -1,0 +1,513 @@
+"""Studies (several runs made into one table), docs/results.md, and figures of a run.
+
+    python -m extras.report                                    # docs/results.md from results/*.json
+    python -m extras.report --check                            # exit code 1 if it is not up to date
+    python -m extras.report add NAME RUNS/results.json ... --title TEXT --note TEXT
+    python -m extras.report figures RUNS/results.json FOLDER   # needs matplotlib
+
+A study is a file of results/ with the key "study": the rows of one comparison, from one run or
+more, and what to say about them. `check_study` holds it to what its table prints.
+"""
+
+import json
+import re
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+from cli import Parser, run_command
+from extras.ablations import COMPARISONS
+from extras.figures import MOST_SEEDS, distinct, figures
+from extras.measure import portable
+from settings import METHODS
+from tables import grid, interval
+
+ROOT = Path(__file__).parents[1]
+PAGE = Path("docs", "results.md")
+INTRODUCTION = """\
+# Results
+
+This page holds every measured comparison of the project: what was compared, under which
+conditions, what came out, and the command that does it again. It is generated: each study below
+is a file of `results/`, `python -m extras.report` writes the page from those files, and a test
+keeps the two together. The findings in short are in the [README](../README.md).
+
+**How to add a study.** Run the comparison with several seeds, tasks or methods
+([experiments](experiments.md) says how), then
+
+```bash
+python -m extras.report add NAME RUNS/results.json --title "..." --note "what it shows"
+python -m extras.report                                      # writes this page
+python -m extras.report figures RUNS/results.json FOLDER     # pip install matplotlib
+```
+
+A study is refused unless it is the whole of one comparison: every draft has a row for every task
+and seed, all rows have one protocol and all the numbers that a table prints, commit and versions
+are known, and the drafts are as many as the recorded commands train.
+
+**How to read the tables.** Alpha is the acceptance rate, accepted / judged draft tokens: here its
+mean over tasks and seeds. T is the temperature. A gain ("over AdaSPEC") is paired by task and
+seed, with the 95% interval over seeds (Student's t) where there are several. What training took
+is a mean over cells, with the reference of an AdaSPEC draft included: passes over the training
+rows, optimiser steps, loss-bearing tokens, rows that the target was run on. The rank correlations
+are over the tokens of held-out rows: of the gap, or of the loss alone, before stage 2 with how
+far the draft's loss then falls.
+
+**Figures.** Alpha by task, with intervals over seeds; alpha by k on mbpp; and the response to a
+test question of gsm8k, decoded with the AdaSPEC draft of the first study (seed 0):
+
+![alpha by task](../results/figures/tiny-alpha.png)
+![alpha by k](../results/figures/tiny-k.png)
+![accepted and selected tokens](../results/figures/tiny-gsm8k-seed0-picture.png)"""
+
+# What a study and each of its rows must say
+VERSIONS = ("git", "python", "torch", "transformers")
+STUDY_FIELDS = ("title", "note", "commands", "machine", *VERSIONS)
+PROTOCOL = ("split", "gamma", "max_new_tokens", "dtype", "regime")  # the same in all rows
+FIGURES = ("alpha", "tau", "expected_acceptance", "counts", "speedup")
+ROW_FIELDS = ("pair", "task", "seed", "temperature", "draft", "prompts", *PROTOCOL, *FIGURES)
+COSTS = ("rows", "epochs", "steps", "loss_tokens", "target_forwards", "seconds")  # trained drafts
+
+COLUMNS = {  # of a study's table, after alpha: key of a row -> heading, number format
+    "epochs": ("passes", ",.1f"),
+    "steps": ("steps", ",.0f"),
+    "loss_tokens": ("loss-bearing tokens", ",.0f"),
+    "target_forwards": ("target forwards", ",.0f"),
+    "gap_correlation": ("gap correlation", ".3f"),
+    "loss_correlation": ("loss correlation", ".3f"),
+}
+EAGLE_COLUMNS = {  # of EAGLE's: key of a row -> heading, digits after the point
+    "accuracy": ("training accuracy", 3),
+    "alpha": ("alpha", 3),
+    "tau": ("tau", 3),
+    "tokens_per_second": ("tokens per second", 0),
+    "speedup": ("speed-up", 3),
+    "seconds_per_response": ("seconds per response", 3),
+}
+
+
+# Checks: each raises ValueError where something is missing
+
+
+def check_study(study: dict) -> None:
+    """Raises ValueError, in one line, where a study is not the whole of one comparison, or lacks
+    what its table prints."""
+    try:
+        check_fields(study)
+        check_protocol(study["rows"])
+        check_cells(study)
+        check_commands(study)
+    except ValueError as error:
+        raise ValueError(f"study {study['study']}: {error}") from None
+
+
+def check_fields(study: dict) -> None:
+    missing = [key for key in STUDY_FIELDS if not study.get(key)]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    if not study["rows"]:
+        raise ValueError("it has no rows; give results.json of runs that have finished a cell")
+    correlated = {}  # draft -> whether its rows have the correlation
+    for row in study["rows"]:
+        draft = row.get("draft")
+        needed = ROW_FIELDS if draft == "base" else ROW_FIELDS + COSTS
+        missing = [key for key in needed if row.get(key) is None]
+        if missing:
+            raise ValueError(f"a row of {draft} has no {', '.join(missing)}; run its cell again")
+        has_correlation = "gap_correlation" in row
+        if correlated.setdefault(draft, has_correlation) != has_correlation:
+            raise ValueError(f"some rows of {draft} have a gap_correlation, and some do not")
+
+
+def check_protocol(rows: list[dict]) -> None:
+    for key in PROTOCOL:
+        values = distinct(rows, key)
+        if len(values) > 1:
+            raise ValueError(f"rows of {key} {' and '.join(map(str, values))}; it needs one {key}")
+    if len({"accuracy" in row for row in rows}) > 1:
+        raise ValueError("it has EAGLE heads and other drafts; make a study of each")
+    seeds = len(distinct(rows, "seed"))
+    if seeds > MOST_SEEDS:
+        raise ValueError(f"{seeds} seeds; intervals are made for {MOST_SEEDS} at most")
+
+
+def check_cells(study: dict) -> None:
+    """Every draft of a pair has one row for every task, seed and temperature of the study."""
+    cells = {}
+    for row in study["rows"]:
+        cell = (row["temperature"], row["task"], row["seed"])
+        cells.setdefault((row["pair"], row["draft"]), []).append(cell)
+    for (pair, draft), own_cells in cells.items():
+        for name in baselines(study):
+            if (pair, name) not in cells:
+                raise ValueError(f"no draft {name} of {pair} to compare with; see --baseline")
+        for temperature, task, seed in sorted(set().union(*cells.values())):
+            count = own_cells.count((temperature, task, seed))
+            if count != 1:
+                cell = f"{task}, seed {seed}, temperature {temperature:g}"
+                raise ValueError(f"{draft} of {pair} has {count} rows for {cell}; it needs one")
+
+
+def check_commands(study: dict) -> None:
+    """The commands train as many drafts as the rows have; "left_out" of a study says which of
+    them it does not show, and why."""
+    check_portable(study)
+    drafts = {row["draft"] for row in study["rows"]} - {"base"}
+    count = count_methods(today(study)) - len(study.get("left_out", ()))
+    if len(drafts) != count:
+        raise ValueError(f"it has {len(drafts)} trained drafts, and its commands train {count}")
+
+
+def check_portable(record: dict) -> None:
+    """Raises ValueError where a recorded command names a folder of the machine it ran on."""
+    for command in recorded(record) + today(record):
+        if re.search(r"(^|[\s='\"])/", command):
+            raise ValueError(f"its command names a folder of one machine: {command}")
+
+
+def count_methods(commands: list[str]) -> int:
+    """How many different drafts the commands train: by --methods of run_all.py or extras.eagle,
+    or by a comparison of extras.ablations."""
+    methods = []
+    for command in commands:
+        words = shlex.split(command)
+        if "extras.ablations" in words:
+            name = words[words.index("extras.ablations") + 1]
+            if name not in COMPARISONS:
+                raise ValueError(f"extras.ablations has no comparison {name}: {command}")
+            methods += COMPARISONS[name]
+        elif "run_all.py" in words or "extras.eagle" in words:
+            names = "distillspec,adaspec"
+            if "--methods" in words:
+                names = words[words.index("--methods") + 1]
+            methods += [METHODS.get(name, name) for name in names.lower().split(",")]
+    return len(set(methods))
+
+
+def baselines(study: dict) -> list[str]:
+    """The drafts that gains are over: the study's, else the first of the usual ones."""
+    if "baseline" in study:
+        return study["baseline"].split(",")
+    drafts = distinct(study["rows"], "draft")
+    usual = [name for name in ("AdaSPEC", "DistillSpec", "EAGLE") if name in drafts]
+    return usual[:1] or ["DistillSpec"]
+
+
+def recorded(record: dict) -> list[str]:
+    """The commands of a study, or of a benchmark's file, as they were run."""
+    return record["commands"] if "commands" in record else [record["command"]]
+
+
+def today(record: dict) -> list[str]:
+    """The commands that do the same now, where command lines have changed since."""
+    return record.get("commands_today", recorded(record))
+
+
+# Tables of a study
+
+
+def mean_of(key: str, rows: list[dict]) -> float:
+    return statistics.mean(row[key] for row in rows)
+
+
+def gains(rows: list[dict], baseline: list[dict]) -> list[float]:
+    """What a draft's alpha has over the baseline's, one value a seed: the mean over the tasks,
+    paired by task and seed."""
+    alphas = {(row["task"], row["seed"]): row["alpha"] for row in baseline}
+    by_seed = {}
+    for row in rows:
+        gain = row["alpha"] - alphas[row["task"], row["seed"]]
+        by_seed.setdefault(row["seed"], []).append(gain)
+    return [statistics.mean(values) for values in by_seed.values()]
+
+
+def rows_by_draft(rows: list[dict]) -> dict:
+    """(pair, draft) -> temperature -> rows."""
+    groups = {}
+    for row in rows:
+        by_temperature = groups.setdefault((row["pair"], row["draft"]), {})
+        by_temperature.setdefault(row["temperature"], []).append(row)
+    return groups
+
+
+def summary_table(study: dict) -> list[str]:
+    """A line a draft: alpha over all tasks and seeds, the gains over the baselines, what training
+    took."""
+    groups = rows_by_draft(study["rows"])
+    several = len(distinct(study["rows"], "pair")) > 1
+    temperatures = distinct(study["rows"], "temperature")
+    headings = ["draft"]
+    for temperature in temperatures:
+        headings.append(f"alpha, T = {temperature:g}")
+        headings += [f"over {name}" for name in baselines(study)]
+    keys = [key for key in COLUMNS if distinct(study["rows"], key)]
+    headings += [COLUMNS[key][0] for key in keys]
+    lines = []
+    for (pair, draft), by_temperature in groups.items():
+        cells = [f"{pair}: {draft}" if several else draft]
+        for temperature in temperatures:
+            rows = by_temperature[temperature]
+            cells.append(f"{mean_of('alpha', rows):.3f}")
+            for name in baselines(study):
+                gain = interval(gains(rows, groups[pair, name][temperature]))
+                cells.append("" if name == draft else gain)
+        for key in keys:
+            rows = [row for row in by_temperature[temperatures[0]] if key in row]
+            cells.append(f"{mean_of(key, rows):{COLUMNS[key][1]}}" if rows else "")
+        lines.append(" | ".join(cells))
+    return grid(" | ".join(headings), lines)
+
+
+def task_table(study: dict) -> list[str]:
+    """A line a draft and temperature: each task's alpha, with the gain over the first baseline."""
+    groups = rows_by_draft(study["rows"])
+    several = len(distinct(study["rows"], "pair")) > 1
+    tasks = distinct(study["rows"], "task")
+    baseline = baselines(study)[0]
+    lines = []
+    for (pair, draft), by_temperature in groups.items():
+        for temperature, rows in sorted(by_temperature.items()):
+            cells = [f"{pair}: {draft}" if several else draft, f"{temperature:g}"]
+            for task in tasks:
+                own = [row for row in rows if row["task"] == task]
+                others = [r for r in groups[pair, baseline][temperature] if r["task"] == task]
+                gain = "" if draft == baseline else f" {interval(gains(own, others))}"
+                cells.append(f"{mean_of('alpha', own):.3f}{gain}")
+            lines.append(" | ".join(cells))
+    return grid(" | ".join(["draft", "T", *tasks]), lines)
+
+
+def eagle_table(rows: list[dict]) -> str:
+    """EAGLE against EAGLE + AdaSPEC: means over seeds, and what is gained seed by seed. "" where
+    no row is of an EAGLE head."""
+    cells = {}  # (task, pair, temperature) -> draft -> seed -> row
+    for row in rows:
+        if "accuracy" in row:
+            drafts = cells.setdefault((row["task"], row["pair"], row["temperature"]), {})
+            drafts.setdefault(row["draft"], {})[row["seed"]] = row
+    if not cells:
+        return ""
+    lines = []
+    for cell, drafts in cells.items():
+        for draft, by_seed in drafts.items():
+            means = [mean.replace("+", "") for mean in eagle_means(list(by_seed.values()))]
+            lines.append(" | ".join([*map(str, cell), draft, *means]))
+            baseline = drafts.get("EAGLE", {})
+            seeds = [seed for seed in by_seed if seed in baseline]
+            if draft != "EAGLE" and seeds:
+                gained = [
+                    {key: by_seed[seed][key] - baseline[seed][key] for key in EAGLE_COLUMNS}
+                    for seed in seeds
+                ]
+                lines.append(" | ".join([*map(str, cell), "over EAGLE", *eagle_means(gained)]))
+    headings = ["task", "pair", "T", "draft", *(heading for heading, _ in EAGLE_COLUMNS.values())]
+    note = (
+        f"\nMeans over {len(distinct(rows, 'seed'))} seeds (95% interval of the mean over seeds, "
+        "Student's t); training accuracy:\nthe share of the training rows' response tokens where "
+        "head and target, teacher-forced, have the same argmax.\n"
+    )
+    return "\n".join([note, *grid(" | ".join(headings), lines)])
+
+
+def eagle_means(rows: list[dict]) -> list[str]:
+    means = []
+    for key, (_, digits) in EAGLE_COLUMNS.items():
+        means.append(interval([row[key] for row in rows], digits))
+    return means
+
+
+# docs/results.md
+
+
+def protocol(study: dict) -> str:
+    """The conditions of a study's rows, in one sentence."""
+    rows = study["rows"]
+    split, gamma, max_new_tokens, dtype, _ = (rows[0][key] for key in PROTOCOL)
+    training_rows = [round(row["rows"] / row["epochs"]) for row in rows if row.get("epochs")]
+    seeds = distinct(rows, "seed")
+    parts = [
+        f"{', '.join(distinct(rows, 'pair'))}: {', '.join(distinct(rows, 'task'))}",
+        f"{span(distinct(rows, 'prompts'))} {split} prompts a task",
+        *([f"{span(training_rows)} training rows"] if training_rows else []),
+        f"gamma {gamma}",
+        f"max_new_tokens {max_new_tokens}",
+        dtype,
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
+        study["machine"],
+    ]
+    return "; ".join(parts) + "."
+
+
+def span(values) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def command_text(record: dict) -> str:
+    """The commands to run today and, where these have changed since, those that were run."""
+    text = "\n".join(["```bash", *today(record), "```"])
+    if today(record) != recorded(record):
+        text += "\n\nRecorded with the command line of its time:\n\n"
+        text += "\n".join(["```bash", *recorded(record), "```"])
+    return text
+
+
+def study_text(path: Path, study: dict) -> str:
+    tables = eagle_table(study["rows"]).strip() or "\n".join(summary_table(study))
+    parts = [f"## {study['title']}", study["note"], f"Protocol: {protocol(study)}", tables]
+    if len(distinct(study["rows"], "task")) > 1:
+        title = f"Alpha by task, with the gain over {baselines(study)[0]}:"
+        parts += [title, "\n".join(task_table(study))]
+    for draft, reason in study.get("left_out", {}).items():
+        parts.append(f"Not shown: {draft}, {reason}.")
+    versions = "commit {git}, Python {python}, torch {torch}, transformers {transformers}"
+    rows = f"Rows: [`results/{path.name}`](../results/{path.name})"
+    parts += [command_text(study), f"{rows}, recorded at {versions.format(**study)}."]
+    return "\n\n".join(parts)
+
+
+def benchmark_text(benchmarks: dict[Path, dict]) -> str:
+    """What else is in results/, with its commands."""
+    pages = "[training cost](training-cost.md), [decoding](decoding.md), [serving](serving.md)"
+    parts = ["## Benchmarks", f"Single measurements; their tables are in {pages}."]
+    for path, record in benchmarks.items():
+        check_portable(record)
+        parts += [f"[`results/{path.name}`](../results/{path.name}):", command_text(record)]
+    return "\n\n".join(parts)
+
+
+def results_page(folder: Path) -> str:
+    """docs/results.md, from the files of results/. Raises ValueError for a study that does not
+    hold."""
+    records = {path: load_json(path) for path in sorted(folder.glob("*.json"))}
+    studies = [(path, record) for path, record in records.items() if "study" in record]
+    studies.sort(key=lambda item: (item[1].get("order", sys.maxsize), item[1]["study"]))
+    benchmarks = {path: record for path, record in records.items() if "command" in record}
+    parts = [INTRODUCTION]
+    for path, study in studies:
+        check_study(study)
+        parts.append(study_text(path, study))
+    if benchmarks:
+        parts.append(benchmark_text(benchmarks))
+    return "\n\n".join(parts) + "\n"
+
+
+# Making a study
+
+
+def load_json(path) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def load_run(path) -> dict:
+    """A run's results.json. Raises ValueError where it is none."""
+    run = load_json(path)
+    if not isinstance(run, dict) or not isinstance(run.get("rows"), list):
+        raise ValueError(f"{path} has no rows: give the results.json of a run")
+    return run
+
+
+def add(args, folder: Path) -> None:
+    """Write the study `args.name`, of the rows of some results.json. Raises ValueError for what
+    makes no study."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.name):
+        characters = "lower-case letters, digits, dots and dashes"
+        raise ValueError(f"a study's name is {characters}, got {args.name!r}")
+    runs = [load_run(path) for path in args.results]
+    study = {"study": args.name, "title": args.title, "note": args.note}
+    study |= {"baseline": args.baseline, "order": args.order}
+    commands = [portable(command) for run in runs for command in run.get("commands", ())]
+    study["commands"] = list(dict.fromkeys(commands))
+    study["machine"] = args.machine or joined(run.get("machine") for run in runs)
+    for key in VERSIONS:
+        study[key] = joined(run.get(key) for run in runs)
+    study = {key: value for key, value in study.items() if value is not None}
+    rows = sorted((row for run in runs for row in run["rows"]), key=table_order)
+    study["rows"] = [rounded({key: row[key] for key in row if key not in VERSIONS}) for row in rows]
+    check_study(study)
+    path = folder / f"{args.name}.json"
+    write_study(study, path)
+    size = path.stat().st_size / 1000
+    print(f"{path}: {len(rows)} rows, {size:.1f} kB; now python -m extras.report")
+
+
+def table_order(row: dict) -> tuple:
+    """The base first, then drafts by method."""
+    names = ("base", "DistillSpec", "AdaSPEC", "best", "EAGLE")
+    method = row.get("draft", "").split(" ")[0]
+    return names.index(method) if method in names else len(names), row.get("draft", "")
+
+
+def joined(values) -> str:
+    """Each value once; "" where one is missing."""
+    values = list(values)
+    return ", ".join(dict.fromkeys(values)) if all(values) else ""
+
+
+def rounded(value):
+    """Floats to 5 digits, in lists and dicts too."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def write_study(study: dict, path: Path) -> None:
+    """As JSON, a line a row."""
+    head = json.dumps({key: study[key] for key in study if key != "rows"}, indent=1)
+    lines = ",\n".join("  " + json.dumps(row) for row in study["rows"])
+    path.write_text(head.removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n')
+
+
+# The command line
+
+
+def parse_arguments(argv):
+    parser = Parser(prog="extras.report", description=__doc__)
+    check = "change nothing; exit code 1 if docs/results.md is not up to date"
+    parser.add_argument("--check", action="store_true", help=check)
+    commands = parser.add_subparsers(dest="command")
+    flag = commands.add_parser("add", help="make a study of runs").add_argument
+    flag("name", help="it becomes results/NAME.json")
+    flag("results", nargs="+", help="results.json of each run")
+    flag("--title", required=True, help="its heading in docs/results.md")
+    flag("--note", required=True, help="what it shows: a paragraph, printed as it is")
+    flag("--baseline", help="the draft, or drafts with commas between, that gains are over")
+    flag("--order", type=int, help="its place among the studies; without it last, by name")
+    flag("--machine", help="the machine in words, where the results do not say it")
+    flag = commands.add_parser("figures", help="draw a run's results").add_argument
+    flag("results", help="results.json of the run")
+    flag("folder", help="where the PNG files go")
+    flag("--picture", action="append", default=[], help="a file of extras.analysis picture")
+    return parser.parse_args(argv)
+
+
+def main(argv=None, root: Path = ROOT) -> int:
+    """Returns the exit code."""
+    args = parse_arguments(argv)
+    if args.command == "add":
+        add(args, root / "results")
+        return 0
+    if args.command == "figures":
+        pictures = [load_json(path) for path in args.picture]
+        print(*figures(load_run(args.results)["rows"], args.folder, pictures), sep="\n")
+        return 0
+    page = results_page(root / "results")
+    path = root / PAGE
+    if path.is_file() and path.read_text() == page:
+        return 0
+    if args.check:
+        print(f"{PAGE} is not what results/ says: run python -m extras.report", file=sys.stderr)
+        return 1
+    path.write_text(page)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, "extras.report")

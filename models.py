@@ -1,0 +1,243 @@
+"""Models and tokenizers: find them, check them before long work, load them, tell them apart.
+
+Whatever is wrong with one is a ValueError of one line. Nothing that a model brings along is ever
+run: no code of its own (`trust_remote_code` stays off), and a pickle only as weights.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
+
+from cli import printable
+from ranks import from_rank_0, rank
+from storage import checksum, read_json, write_json
+
+MAX_LAYERS = 1000  # more would take minutes to build, even without weights
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first of these, or of their shards
+# What makes a model the one it is, of the files in its folder
+CONTENT = (
+    "*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer*", "vocab*", "merges.txt",
+    "added_tokens.json", "special_tokens_map.json",
+)  # fmt: skip
+
+# Finding
+
+
+def resolve_model(name: str, models_dir: str | None) -> str:
+    """A model's folder under models_dir (by its whole name or the part after the slash), a local
+    folder, or a Hub id. Raises ValueError for a name that is not in models_dir or leads out of it.
+    """
+    candidates = []
+    if models_dir:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            outside = f"model {name} is outside of --models-dir {models_dir}"
+            raise ValueError(f"{outside}; name a folder in it, or leave --models-dir out")
+        candidates = [Path(models_dir, name), Path(models_dir, name.split("/")[-1])]
+    for path in (*candidates, Path(name)):
+        if path.is_dir():
+            return str(path)
+    if models_dir:
+        places = f"{candidates[0]} and {candidates[1]}"
+        raise ValueError(f"model {name} is not in {models_dir} (looked for {places})")
+    return name
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless this is a folder or can be a Hub id: a mistyped path is no id, so
+    the Hub is not asked for it."""
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"{name} is a file; give the folder with config.json and the weights")
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name))
+    if not path.is_dir() and (not is_id or (len(path.parts) > 1 and path.parent.is_dir())):
+        raise ValueError(f"no such folder: {name}")
+
+
+# Checking and loading
+
+
+@contextmanager
+def loading(kind: str, name) -> Iterator[None]:
+    """Whatever transformers and the Hub raise becomes a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in cause:
+            cause = "it needs code of its own, which is never run"
+        message = f"cannot load {kind} from {name}: {cause:.300}"
+        raise ValueError(printable(message)) from error
+
+
+def check_model(name) -> torch.nn.Module:
+    """A causal language model on the meta device, after all checks that need no weights in memory:
+    of safetensors only the headers are read.
+
+    Raises ValueError: no such folder, a configuration that is unreadable or no causal LM's, code of
+    the model's own, weights that are missing, cut short, too few or outside of the folder.
+    """
+    check_name(name)
+    with loading("a causal language model", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kinds = ", ".join(config.architectures or ["LMHeadModel"])
+        if not re.search("ForCausalLM|LMHeadModel|ForConditionalGeneration", kinds):
+            raise ValueError(f"config.json says {kinds}, which is none")  # BERT would load
+        layers = getattr(config, "num_hidden_layers", 0)
+        if layers > MAX_LAYERS:
+            raise ValueError(f"config.json says {layers} layers, more than {MAX_LAYERS}")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        stored = 0
+        for file in weight_files(name):
+            with loading("weights", Path(file).name):
+                tensors = load_state_dict(file, map_location="meta").values()
+            stored += sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+        wanted = sum(parameter.numel() for parameter in model.parameters())
+        if stored < wanted:
+            raise ValueError(f"its files hold {stored:,} weights, config.json asks for {wanted:,}")
+    return model
+
+
+def weight_files(name) -> list[str]:
+    """The files that hold the weights, downloaded where `name` is a Hub id. Raises ValueError for
+    an index that leads out of the folder, and where there are no weights.
+
+    pytorch_model.bin, a pickle, only where there is no safetensors (the main branch of
+    Salesforce/codegen-350M-mono has none): transformers reads tensors from it and runs nothing.
+    """
+    for file in WEIGHTS:
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path:
+            return [path]
+        index = cached_file(name, f"{file}.index.json", _raise_exceptions_for_missing_entries=False)
+        if index:
+            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+            for shard in shards:
+                if shard in ("", ".", "..") or Path(shard).name != shard:
+                    raise ValueError(f"the index names a file outside of the folder, {shard}")
+            return [cached_file(name, shard) for shard in shards]
+    raise ValueError(f"there is no {WEIGHTS[0]}")
+
+
+def load_model(name, dtype=torch.float32, device="cpu") -> torch.nn.Module:
+    """A causal language model in evaluation mode. Raises ValueError, also for missing weights."""
+    check_name(name)
+    with loading("a causal language model", name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+        return model.to(device).eval()
+
+
+def load_tokenizer(name):
+    """The tokenizer of a folder or Hub id. Raises ValueError where there is none."""
+    check_name(name)
+    with loading("a tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokens = set(tokenizer("Hello, world").input_ids)
+        if not tokens - set(tokenizer.all_special_ids):  # transformers makes an empty one
+            raise ValueError("it has no tokens; is tokenizer.json missing?")
+    return tokenizer
+
+
+def check_tokenizers(target_tokenizer, draft_tokenizer) -> None:
+    """A draft's token ids must mean the same to the target, and lie below len(tokenizer), to which
+    all logits are cut. Raises ValueError, naming the first token that does not."""
+    for role, tokenizer in (("target", target_tokenizer), ("draft", draft_tokenizer)):
+        size = len(tokenizer)
+        for token, index in tokenizer.get_vocab().items():
+            if index >= size:
+                holes = f"has {size} tokens, but {token!r} is number {index}: ids without holes"
+                raise ValueError(f"the {role}'s tokenizer {holes} are needed")
+    tokens = [
+        tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        for tokenizer in (target_tokenizer, draft_tokenizer)
+    ]
+    for index, (a, b) in enumerate(zip_longest(*tokens)):
+        if a != b:
+            tokens = f"token {index} is {a!r} in the target's, {b!r} in the draft's"
+            raise ValueError(f"the tokenizers differ: {tokens}")
+
+
+def shared_tokenizer(target: str, draft: str):
+    """The pair's tokenizer. Raises ValueError where the two disagree, naming the first token that
+    differs, and where it has no end token."""
+    tokenizer = load_tokenizer(target)
+    check_tokenizers(tokenizer, load_tokenizer(draft))
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        missing = "an end token (eos_token) and a tokenizer.json"
+        raise ValueError(f"the tokenizer of {target} needs {missing}")
+    return tokenizer
+
+
+def load_pair(target: str, draft: str, dtype=torch.float32, device="cpu"):
+    """Target, draft and their tokenizer, all checked before the first is loaded."""
+    for name in (target, draft):
+        check_model(name)
+    tokenizer = load_tokenizer(target)
+    check_tokenizers(tokenizer, load_tokenizer(draft))
+    return load_model(target, dtype, device), load_model(draft, dtype, device), tokenizer
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """The end tokens of the model's generation config, else of the tokenizer; [] where none is."""
+    for ends in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        if ends is not None:
+            return [ends] if isinstance(ends, int) else list(ends)
+    return []
+
+
+def scratch_model(sizes: dict, tokenizer, seed: int) -> torch.nn.Module:
+    """A GPT-NeoX of these sizes for this tokenizer, with random weights."""
+    end = tokenizer.eos_token_id
+    defaults = {"intermediate_size": 4 * sizes["hidden_size"], "max_position_embeddings": 1024}
+    sizes = {**defaults, **sizes}
+    config = GPTNeoXConfig(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **sizes)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config)
+
+
+# Telling apart
+
+
+def model_identity(name: str, folder) -> str:
+    """What a model is, however its path is typed: of a folder the digest of what its weights,
+    config and tokenizer files contain, of a Hub id its name with the revision.
+
+    The digest of a file is remembered in `folder`/digests.json, and computed anew when its size,
+    times or inode change. Rank 0 reads the files; to be called on all ranks.
+    """
+    return from_rank_0(_identity(name, folder) if rank() == 0 else None)
+
+
+def _identity(name: str, folder) -> str:
+    check_name(name)
+    if not Path(name).is_dir():
+        with loading("a configuration", name):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return f"{name}@{config._commit_hash}"
+    remembered = read_json(Path(folder, "digests.json"))
+    digests = dict(remembered)
+    content = {}
+    for path in sorted({path for pattern in CONTENT for path in Path(name).glob(pattern)}):
+        state = path.stat()
+        times = f"{state.st_mtime_ns} {state.st_ctime_ns}"
+        key = f"{path.resolve()} {state.st_size} {times} {state.st_ino}"
+        if key not in digests:
+            digests[key] = checksum(path)
+        content[path.name] = digests[key]
+    if digests != remembered:
+        write_json(Path(folder, "digests.json"), digests)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

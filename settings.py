@@ -1,0 +1,284 @@
+"""What can be chosen: model pairs, the paper's recipes, how a draft is trained, and the flags.
+
+`Settings` is a run and `Method` is the training of one draft; each field says what it is for, and
+those that are flags of `run_all.py` carry their help. What studies compare are lists of `Method`
+(extras/ablations.py).
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+from cli import Parser, decimal, flag, folder, numbers, one_of, some_of, whole
+from data import TASKS
+from distillspec import DIVERGENCES
+from train import DECAYS, DTYPES, SELECTIONS
+
+# Pairs and the paper's recipes
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target and a draft: names of pretrained models (Hub ids or folders), or GPT-NeoX sizes to
+    train from scratch."""
+
+    target: str | dict
+    draft: str | dict | None  # None: a draft of another kind, such as an EAGLE head
+    target_lr: float = 1e-5  # as in the official scripts
+    lr: float = 3e-4  # of reference and draft, for a pair that the paper does not have
+
+    @property
+    def models(self) -> list:
+        return [model for model in (self.target, self.draft) if model]
+
+
+TINY_TARGET = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
+TINY_DRAFT = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+NARROW_DRAFT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+PAIRS = {
+    "pythia": Pair("EleutherAI/pythia-1.4b", "EleutherAI/pythia-31m"),
+    "codegen": Pair("microsoft/phi-2", "Salesforce/codegen-350M-mono"),
+    "tiny": Pair(TINY_TARGET, TINY_DRAFT, target_lr=1e-3, lr=2e-3),
+    # the same target and a quarter of the draft: a wider capacity gap
+    "tiny-wide": Pair(TINY_TARGET, NARROW_DRAFT, target_lr=1e-3, lr=2e-3),
+}
+
+# The paper's hyper-parameters: batch, then for each pair the learning rate of reference and draft,
+# and the epochs of target, reference and draft in the optimal regime. The 3-epoch regime has 3
+# epochs everywhere, and the same learning rates.
+RECIPES = {
+    "gsm8k": (16, {"pythia": (3e-4, (6, 15, 30)), "codegen": (3e-4, (3, 30, 30))}),
+    "alpaca": (16, {"pythia": (3e-4, (1, 15, 30)), "codegen": (3e-4, (1, 20, 15))}),
+    "mbpp": (8, {"pythia": (1e-5, (1, 30, 6)), "codegen": (1e-4, (1, 10, 6))}),
+    "cnn_dailymail": (16, {"pythia": (1e-4, (1, 10, 10)), "codegen": (1e-4, (1, 10, 10))}),
+    "xsum": (16, {"pythia": (3e-4, (1, 10, 10)), "codegen": (1e-4, (1, 10, 10))}),
+}
+
+# The paper's Table 1, alpha in percent, DistillSpec and AdaSPEC: 3-epoch pythia and codegen, then
+# optimal pythia and codegen
+PAPER_ALPHA = {
+    "gsm8k": ((57.58, 62.63), (79.49, 82.79), (66.19, 68.28), (81.49, 83.48)),
+    "alpaca": ((44.34, 47.25), (56.48, 58.80), (65.41, 65.79), (58.05, 60.36)),
+    "mbpp": ((46.88, 47.73), (87.36, 88.76), (49.88, 65.12), (86.60, 87.70)),
+    "cnn_dailymail": ((73.05, 74.22), (79.33, 80.63), (80.15, 80.89), (85.01, 86.29)),
+    "xsum": ((47.24, 49.11), (58.88, 59.93), (56.11, 57.80), (66.78, 68.19)),
+}
+
+
+class Recipe(NamedTuple):
+    """A cell's hyper-parameters; epochs of target, reference and draft."""
+
+    batch_size: int
+    lr: float
+    epochs: tuple[int, int, int]
+
+
+def recipe(task: str, pair_name: str, pair: Pair, settings: "Settings") -> Recipe:
+    """The paper's recipe, unless given by flags."""
+    batch_size, by_pair = RECIPES.get(task, (16, {}))
+    lr, epochs = by_pair.get(pair_name, (pair.lr, (3, 3, 3)))
+    if settings.regime == "3-epoch":
+        epochs = (3, 3, 3)
+    return Recipe(settings.batch or batch_size, settings.lr or lr, settings.epochs or epochs)
+
+
+# The settings
+
+LOSSES = ("ce", *DIVERGENCES)  # ce: cross-entropy of the data's tokens, fine-tuning
+SOURCES = ("ground-truth", "target", "on-policy", "mixed")
+LABELS = {"distillspec": "DistillSpec", "adaspec": "AdaSPEC", "best": "best"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a draft is trained. Fields that are no flags are for studies (extras/ablations.py)."""
+
+    name: str  # distillspec: on all tokens; adaspec: on the selected ones; best: see METHODS
+    divergence: str = flag("fkl", one_of(LOSSES), f"loss of the draft: {', '.join(LOSSES)}")
+    data: str = flag(
+        "ground-truth",
+        one_of(SOURCES),
+        "who writes the responses: ground-truth, the target (once), on-policy (the draft as it "
+        "learns) or mixed (the draft half of them)",
+    )
+    k: float = flag(0.4, decimal(0, 1, above=True), "AdaSPEC's fraction of tokens selected")
+    k_end: float | None = None  # the fraction goes from k to this, on a straight line
+    gap: str = "fkl"  # the loss whose gap to the reference selects
+    select: str = "top"  # or bottom, random: as many other tokens
+    # What AdaSPEC has in common with a DistillSpec draft of the same epochs. steps: batch and
+    # steps, and so passes over the data. epochs: passes, in batches 1/k as large, so that a step
+    # bears the loss of as many tokens. tokens: loss-bearing tokens in all, in those larger batches
+    # (the official practice: 1/k the passes).
+    match: str = "steps"
+    reference: str = "fkl"  # the loss that the reference is trained on
+    share: float = 0.5  # of the rows that the draft writes, of mixed data
+    refresh: int = 50  # optimiser steps until the draft writes anew
+    batch: int | None = None  # None here and below: the recipe's
+    lr: float | None = None
+    decay: str = "constant"  # of the learning rate; linear: from 2 lr to nothing
+    epochs: int | None = None
+    reference_epochs: int | None = None
+
+    def __post_init__(self):
+        choices = {"name": LABELS, "divergence": LOSSES, "gap": LOSSES, "reference": LOSSES}
+        choices |= {"data": SOURCES, "select": SELECTIONS, "decay": DECAYS}
+        choices |= {"match": ("steps", "epochs", "tokens")}
+        for key, valid in choices.items():
+            if getattr(self, key) not in valid:
+                raise ValueError(f"{key} {getattr(self, key)!r} is none of {', '.join(valid)}")
+
+    def changed(self) -> dict:
+        """The settings that are not those of the method's name alone."""
+        usual = METHODS[self.name]
+        names = [f.name for f in fields(self)]
+        return {
+            name: getattr(self, name)
+            for name in names
+            if getattr(self, name) != getattr(usual, name)
+        }
+
+    @property
+    def label(self) -> str:
+        """What tables call the draft."""
+        changes = [f"{key}={value}" for key, value in self.changed().items()]
+        return " ".join([LABELS[self.name], *changes])
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the draft writes responses as it learns."""
+        return self.data in ("on-policy", "mixed")
+
+
+METHODS = {
+    "distillspec": Method("distillspec"),
+    "adaspec": Method("adaspec"),
+    # Ours, chosen on validation rows: the acceptance itself as the loss (1 - TVD), on all tokens,
+    # in small batches, with a rate that decays; no reference, whose epochs go to the draft.
+    "best": Method("best", divergence="tvd", decay="linear", batch=4),
+}
+PRESETS = {
+    "tiny": {
+        "tasks": ("arithmetic",),
+        "pairs": ("tiny",),
+        "limit": 2000,
+        "max_length": 128,
+        "max_new_tokens": 64,
+        "eval_prompts": 100,
+    }
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run: every task, pair and seed is a cell. Fields that are no flags are for studies."""
+
+    preset: str | None = flag(
+        None, one_of(PRESETS), "tiny: the offline task and pair, minutes on two cores", "grid"
+    )
+    tasks: tuple[str, ...] = flag(
+        tuple(RECIPES), some_of(TASKS), f"comma-separated, of {', '.join(TASKS)}", "grid"
+    )
+    pairs: tuple[str, ...] = flag(
+        ("pythia", "codegen"),
+        some_of([*PAIRS, "custom"]),
+        f"comma-separated, of {', '.join(PAIRS)}, custom",
+        "grid",
+    )
+    target: str | None = flag(None, str, "pair custom: Hub id or folder of your target", "grid")
+    draft: str | None = flag(None, str, "pair custom: Hub id or folder of your draft", "grid")
+    methods: tuple = flag(
+        ("distillspec", "adaspec"),
+        some_of(METHODS),
+        f"comma-separated, of {', '.join(METHODS)}",
+        "grid",
+    )
+    regime: str = flag(
+        "3-epoch", one_of(["3-epoch", "optimal"]), "the paper's epochs: 3-epoch or optimal", "grid"
+    )
+    seeds: tuple[int, ...] = flag((0,), numbers, "comma-separated", "grid")
+    target_seed: int | None = None  # one target, trained with this seed, for all seeds
+
+    data_dir: str | None = flag(
+        None, folder, "rows from <data-dir>/<task>/<split>.jsonl; without it from the Hub", "rows"
+    )
+    models_dir: str | None = flag(
+        None, folder, "folder that holds the pretrained models by name; without it the Hub", "rows"
+    )
+    limit: int | None = flag(None, whole(), "train on the first rows only", "rows")
+    max_length: int = flag(512, whole(2), "tokens of a training row", "rows")
+
+    batch: int | None = flag(
+        None, whole(), "rows of an optimiser step, over all ranks; without it the recipe's"
+    )
+    micro_batch: int | None = flag(
+        None, whole(), "rows of one forward on one rank, which bounds memory; without it all"
+    )
+    lr: float | None = flag(
+        None, decimal(0, math.inf, above=True), "of reference and draft; without it the recipe's"
+    )
+    epochs: tuple[int, int, int] | None = flag(
+        None, numbers, "target,reference,draft (target 0: it is fine-tuned already)"
+    )
+    max_steps: int | None = flag(None, whole(), "cut every stage short")
+    dtype: str | None = flag(
+        None, one_of(DTYPES), "autocast type; without it bfloat16 on a GPU, float32 on a CPU"
+    )
+
+    gamma: int = flag(5, whole(), "tokens drafted a round", "evaluation")
+    max_new_tokens: int = flag(128, whole(2), "tokens of a response", "evaluation")
+    split: str = "test"  # choose on validation rows
+    eval_prompts: int = flag(200, whole(), "prompts that acceptance is counted on", "evaluation")
+    eval_batch: int = 20  # of them at a time
+    timed_prompts: int = flag(
+        20, whole(), "prompts that the speed-up is measured on, one by one", "evaluation"
+    )
+
+    out: str = flag("runs", str, "where stages and results go", "machine")
+    cache_gb: float = flag(
+        100.0, decimal(0, math.inf), "bound on the cached states of the target; 0: none", "machine"
+    )
+    save_minutes: float = flag(
+        10.0, decimal(0, math.inf), "how often the state of a stage is saved", "machine"
+    )
+    shard_target: bool = flag(
+        False,
+        None,
+        "spread the frozen target's layers over the ranks (FSDP)",
+        "machine",
+        action="store_true",
+    )
+
+
+def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Settings, list[Method]]:
+    """The settings and methods that a command line asks for; exits with one line where it cannot
+    be right."""
+    preset = parser.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    arguments = vars(parser.parse_args(argv))
+    names = {setting.name for setting in fields(settings_class)}
+    settings = settings_class(**{key: arguments[key] for key in names & arguments.keys()})
+    error = contradiction(settings)
+    if error:
+        parser.error(error)
+    methods = []
+    for name in settings.methods:
+        method = METHODS[name]
+        if name != "best":
+            method = replace(method, divergence=arguments["divergence"], data=arguments["data"])
+        if name == "adaspec":
+            method = replace(method, k=arguments["k"])
+        methods.append(method)
+    return settings, methods
+
+
+def contradiction(settings: Settings) -> str | None:
+    """What is wrong with the settings as a whole."""
+    if len(set(settings.seeds)) < len(settings.seeds):
+        return f"--seeds must be different numbers, got {','.join(map(str, settings.seeds))}"
+    if settings.epochs and (len(settings.epochs) != 3 or min(settings.epochs[1:]) < 1):
+        return "--epochs takes three numbers: target (0 or more), reference and draft (1 or more)"
+    if "custom" in settings.pairs and not (settings.target and settings.draft):
+        return "--pairs custom needs --target and --draft"
+    if "custom" not in settings.pairs and (settings.target or settings.draft):
+        return "--target and --draft are the pair custom: add --pairs custom"
+    return None

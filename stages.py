@@ -1,0 +1,272 @@
+"""A stage: one model trained by one step, kept as a folder that says what made it.
+
+`fit` is every stage of the paper. What the frozen models say of the training rows is computed
+once (teacher.py), and so are responses that the target writes.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import storage
+from data import Example, digest, read_examples, write_examples
+from distillspec import OnPolicy, ResponseWriter
+from models import load_model, scratch_model
+from ranks import check_stop, from_rank_0, gather_objects, progress, rank, say, world_size
+from settings import Method
+from storage import Model, fingerprint
+from teacher import Frozen, ReferenceLoss, TokenCache, shard_layers
+from train import TRAINING_VERSION, train
+
+
+@dataclass
+class Plan:
+    """How a stage is trained."""
+
+    name: str  # of its folder
+    init: Model | dict  # what it starts from: a model, or the sizes of a new one
+    examples: Sequence[Example]
+    lr: float
+    epochs: int
+    batch_size: int
+    seed: int
+    decay: str = "constant"
+    max_steps: int | None = None
+    method: Method | None = None  # of a draft
+    on_policy: OnPolicy | None = None
+
+
+def fit(
+    cell, plan: Plan, step: Callable, target: Model | None = None, reference: Model | None = None
+) -> Model:
+    """Train a stage by `step`, or find it finished.
+
+    It lies in the folder of its seed, which is the cell's but for a target that seeds share.
+    """
+    folder = cell.folder.with_name(f"seed{plan.seed}") / plan.name
+    settings = stage_settings(cell, plan, target, reference)
+    finished = storage.finished_stage(folder, settings)
+    if finished:
+        return finished
+    step_inputs = []
+    teacher = None
+    if target:
+        teacher = open_target(cell, plan, target)
+        step_inputs.append(teacher)
+    if reference:
+        step_inputs.append(open_reference(cell, plan, teacher, target, reference))
+    if plan.method:
+        step_inputs.append(plan.method)
+    model = initial_model(cell, plan)
+    options = training_options(cell, plan, folder, settings)
+    summary = train(model, plan.examples, step, step_inputs, **options)
+    summary["target_forwards"] = target_forwards(plan, teacher, summary)
+    return storage.save_stage(folder, settings, summary, model, cell.tokenizer)
+
+
+def initial_model(cell, plan: Plan):
+    if isinstance(plan.init, dict):
+        return scratch_model(plan.init, cell.tokenizer, plan.seed).to(cell.device)
+    return load_model(plan.init.path, torch.float32, cell.device)
+
+
+def training_options(cell, plan: Plan, folder: Path, settings: dict) -> dict:
+    """The keyword arguments of `train` for the stage in `folder`."""
+    return {
+        "vocab_size": len(cell.tokenizer),
+        "lr": plan.lr,
+        "epochs": plan.epochs,
+        "batch_size": plan.batch_size,
+        "micro_batch": cell.settings.micro_batch,
+        "decay": plan.decay,
+        "dtype": cell.settings.dtype,
+        "seed": plan.seed,
+        "max_steps": settings["max_steps"],
+        "name": f"{cell.task} {plan.name}",
+        "checkpoints": storage.Checkpoints(
+            storage.checkpoint_folder(folder), fingerprint(settings)
+        ),
+        "save_minutes": cell.settings.save_minutes,
+        "on_policy": plan.on_policy,
+    }
+
+
+def stage_settings(cell, plan: Plan, target: Model | None, reference: Model | None) -> dict:
+    """All that a stage's result hangs on; its fingerprint stands for it."""
+    limits = [steps for steps in (cell.settings.max_steps, plan.max_steps) if steps]
+    settings = {
+        "version": TRAINING_VERSION,
+        "stage": plan.name,
+        "init": plan.init if isinstance(plan.init, dict) else plan.init.fingerprint,
+        "data": digest(plan.examples),
+        "lr": plan.lr,
+        "decay": plan.decay,
+        "epochs": plan.epochs,
+        "batch_size": plan.batch_size,
+        "max_steps": min(limits, default=None),
+        "seed": plan.seed,
+        "dtype": cell.settings.dtype,
+    }
+    if target:
+        settings |= {"target": target.fingerprint, "divergence": plan.method.divergence}
+        settings["source"] = response_source(cell, plan)
+    if reference:
+        method = plan.method
+        settings |= {"reference": reference.fingerprint, "gap": method.gap, "select": method.select}
+        settings |= {"k": method.k, "k_end": method.k_end}
+        if cell.settings.micro_batch:  # the filter is over what the ranks process together
+            settings |= {"micro_batch": cell.settings.micro_batch, "ranks": world_size()}
+    return settings
+
+
+def response_source(cell, plan: Plan) -> list:
+    """Who writes the responses, for the fingerprint."""
+    method = plan.method
+    if not plan.on_policy:
+        return [method.data]
+    run = cell.settings
+    return [
+        method.data, method.share, method.refresh,
+        run.max_new_tokens, run.max_length, run.eval_batch, world_size(),
+    ]  # fmt: skip
+
+
+# Frozen models
+
+
+def open_target(cell, plan: Plan, target: Model) -> Frozen | None:
+    """The target, its hidden states in a cache where rows are fixed and it fits; None where the
+    losses do without it."""
+    if plan.method.divergence == "ce" and (
+        plan.method.name != "adaspec" or plan.method.gap == "ce"
+    ):
+        return None
+    teacher = Frozen(load_model(target.path, cell.dtype, cell.device), len(cell.tokenizer))
+    if cell.settings.shard_target:
+        shard_layers(teacher.model)
+    if not plan.on_policy:
+        width = teacher.head.linear.weight.shape[1]
+        cache = token_cache(cell, "target", target.fingerprint, plan.examples, width, cell.dtype)
+        if cache:
+            teacher.use(cache, f"{cell.task} target cache")
+    return teacher
+
+
+def open_reference(cell, plan: Plan, teacher, target: Model, reference: Model) -> ReferenceLoss:
+    """The reference's loss per token, in a cache under the same conditions."""
+    frozen = Frozen(load_model(reference.path, cell.dtype, cell.device), len(cell.tokenizer))
+    losses = ReferenceLoss(frozen, teacher, plan.method.gap)
+    if not plan.on_policy:
+        models = target.fingerprint + reference.fingerprint + plan.method.gap
+        cache = token_cache(cell, "reference", models, plan.examples, 1, torch.float32)
+        if cache:
+            losses.use(cache, cell.device, f"{cell.task} reference cache")
+    return losses
+
+
+def token_cache(cell, kind: str, models: str, examples, width: int, dtype) -> TokenCache | None:
+    """A cache of what the models say of the examples, yet to be filled; None where it would not
+    fit."""
+    identity = {"of": models, "data": digest(examples), "dtype": cell.settings.dtype}
+    identity["batch"] = cell.rows_at_once
+    folder = cell.folder / "cache" / kind
+    cache = TokenCache(folder, fingerprint(identity), examples, width, dtype, cell.rows_at_once)
+    there = sum(path.stat().st_size for path in folder.glob(f"{cache.fingerprint}*.bin"))
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(cell.folder).free + there
+    fits = from_rank_0(cache.bytes <= min(cell.settings.cache_gb * 2**30, room))
+    note = "" if fits else ", too large: computed anew in every step"
+    say(f"  {kind} cache: {cache.bytes / 2**30:.3f} GiB{note}")
+    return cache if fits else None
+
+
+# Responses that models write
+
+
+def response_writer(cell) -> ResponseWriter:
+    return ResponseWriter(
+        end=cell.tokenizer.eos_token_id,
+        vocab_size=len(cell.tokenizer),
+        max_new_tokens=cell.settings.max_new_tokens,
+        max_length=cell.settings.max_length,
+        batch_size=4 * cell.settings.eval_batch,
+    )
+
+
+def on_policy(cell, method: Method, examples: Sequence[Example]) -> OnPolicy | None:
+    """Who writes the draft's responses as it learns; None where they are fixed."""
+    if not method.on_policy:
+        return None
+    return OnPolicy(
+        writer=response_writer(cell),
+        examples=examples,
+        share=1.0 if method.data == "on-policy" else method.share,
+        refresh=method.refresh,
+        seed=cell.seed,
+        rank=rank(),
+        ranks=world_size(),
+    )
+
+
+def written_by_target(cell, target: Model, examples: Sequence[Example]) -> list[Example]:
+    """The examples with responses that the target writes, in blocks that are kept as they are
+    written, each rank its share: a stopped run goes on with the next block."""
+    writer = response_writer(cell)
+    settings = {"target": target.fingerprint, "data": digest(examples), "seed": cell.seed}
+    settings |= {"dtype": cell.settings.dtype, "writer": vars(writer)}
+    prefix = cell.folder / "written" / fingerprint(settings)
+    order = sorted(range(len(examples)), key=lambda row: examples[row].prompt_length)
+    size = writer.batch_size
+    blocks = [order[start : start + size] for start in range(0, len(order), size)]
+    paths = [prefix.with_name(f"{prefix.name}-{n:05d}.tokens") for n in range(len(blocks))]
+    own = range(rank(), len(blocks), world_size())
+    missing = [number for number in own if not storage.is_whole(paths[number])]
+    if missing:
+        model = load_model(target.path, cell.dtype, cell.device)
+        bar = progress(len(missing), f"{cell.task} responses of the target", "batch")
+        for number in missing:
+            rows = [examples[row] for row in blocks[number]]
+            seed = cell.seed * 1_000_003 + number
+            write_examples(paths[number], writer.write(model, rows, seed))
+            bar.update()
+            check_stop()
+        bar.close()
+    gather_objects(None)  # wait for all
+    written = {}
+    for rows, path in zip(blocks, paths, strict=True):
+        written |= zip(rows, read_examples(path)[0], strict=True)
+    return [written[row] for row in range(len(examples))]
+
+
+# What training costs
+
+
+def target_forwards(plan: Plan, teacher: Frozen | None, summary: dict) -> dict[str, int]:
+    """Rows that the target was run on for this stage, by what they can be shared with: a cache, and
+    responses that the target wrote (a call a token then)."""
+    rows = {}
+    if teacher and teacher.cache:
+        rows[f"cache {teacher.cache.fingerprint}"] = len(plan.examples)
+    elif teacher:
+        rows[f"steps of {plan.name}"] = summary["rows"]
+    if plan.method and plan.method.data == "target":
+        rows[f"written {digest(plan.examples)}"] = len(plan.examples)
+    return rows
+
+
+def training_cost(cell, stages: Sequence[Model]) -> dict:
+    """What a draft's training took, its reference's included: passes over the data, optimiser
+    steps, tokens that bore loss, seconds (without those of caches and of responses that the target
+    writes), and rows that the target was run on."""
+    summaries = [storage.read_json(Path(stage.path, "stage.json"))["summary"] for stage in stages]
+    keys = ("rows", "steps", "loss_tokens", "seconds")
+    cost = {key: sum(summary[key] for summary in summaries) for key in keys}
+    forwards = {}
+    for summary in summaries:
+        forwards |= summary["target_forwards"]
+    cost["epochs"] = cost["rows"] / len(cell.examples)
+    cost["target_forwards"] = sum(forwards.values())
+    return cost

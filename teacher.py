@@ -1,0 +1,180 @@
+"""Frozen models, and what they say kept on the disk.
+
+Target and reference are frozen, in evaluation mode, and see the same tokens every epoch. So the
+target's last hidden state at the response tokens, whose product with its output head is the
+logits, is computed once and read ever after, and so is the reference's loss per token, one float.
+Both are exact: this replaces every later forward of the target and approximates nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data import Batch, Example, make_batch
+from head import Head, hidden_states
+from ranks import check_stop, from_rank_0, gather_objects, progress, rank, world_size
+from storage import is_whole, write_checked
+from train import token_loss
+
+BATCHES_A_BLOCK = 8  # forwards between two writes of a cache: what a kill can cost
+
+
+class Frozen:
+    """A model that only answers: its last hidden states at response positions and its head.
+
+    Raises ValueError where its head is not all that lies between hidden states and logits.
+    """
+
+    def __init__(self, model: nn.Module, vocab_size: int):
+        self.model = model.eval().requires_grad_(False)
+        self.head = Head(model, vocab_size)
+        self.head.check(model)
+        self.cache: TokenCache | None = None
+        self.last_batch: Batch | None = None
+        self.last_hidden: Tensor | None = None
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        """[N, d], from the cache if there is one, else computed once a batch."""
+        if self.cache:
+            return self.cache.read(batch)
+        if self.last_batch is not batch:
+            # no autocast: the weights have the training dtype already
+            with torch.autocast(batch.input_ids.device.type, enabled=False):
+                self.last_hidden = hidden_states(self.model, batch)
+            self.last_batch = batch
+        return self.last_hidden
+
+    def use(self, cache: "TokenCache", name: str) -> None:
+        """Answer from `cache` from now on, filled first where need be; the trunk is let go."""
+        cache.fill(self.hidden, self.model.device, name)
+        self.cache = cache
+        self.model = self.last_batch = self.last_hidden = None
+
+
+class ReferenceLoss:
+    """The reference's loss (`name`, as in train.token_loss) at each response token, [N] a batch."""
+
+    def __init__(self, reference: Frozen, target: Frozen | None, name: str):
+        self.reference = reference
+        self.target = target
+        self.name = name
+        self.cache: TokenCache | None = None
+
+    def losses(self, batch: Batch) -> Tensor:
+        if self.cache:
+            return self.cache.read(batch).squeeze(1)
+        signal, loss = token_loss(self.name, self.target, batch)
+        return self.reference.head.token_losses(self.reference.hidden(batch), signal, loss)
+
+    def use(self, cache: "TokenCache", device: torch.device, name: str) -> None:
+        cache.fill(self.losses, device, name)
+        self.cache = cache
+
+
+class TokenCache:
+    """Values of every response token of a data set, [tokens, width], in memory-mapped files.
+
+    The rows are taken in the order of their lengths, `rows_at_once` to a forward and a few forwards
+    to a block, which is a checked file: one that is there and whole is not computed again. Ranks
+    share the blocks out, and all of them read all, so `folder` must be on a disk that all see. What
+    the values are of (models, rows, dtype) is the `fingerprint`, part of every file's name.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        examples: Sequence[Example],
+        width: int,
+        dtype: torch.dtype,
+        rows_at_once: int,
+    ):
+        self.folder = Path(folder)
+        self.fingerprint = fingerprint
+        self.examples = examples
+        self.width = width
+        self.dtype = dtype
+        self.rows_at_once = rows_at_once
+        # an example whose first token bears loss has no predictor for it
+        self.counts = [len(e.input_ids) - max(e.prompt_length, 1) for e in examples]
+        self.bytes = sum(self.counts) * width * dtype.itemsize
+        order = sorted(range(len(examples)), key=lambda row: -len(examples[row].input_ids))
+        size = rows_at_once * BATCHES_A_BLOCK
+        self.blocks = [order[start : start + size] for start in range(0, len(order), size)]
+        self.values: list[Tensor] = []  # by block, [tokens, width]
+        self.places: dict[int, tuple[int, int]] = {}  # row -> its block, its first token there
+
+    def fill(self, compute: Callable[[Batch], Tensor], device: torch.device, name: str) -> None:
+        """Make the blocks that are missing or damaged with compute(batch) -> [N, width], each rank
+        its share, and open them all. Raises OSError where the disk is full."""
+        if rank() == 0:
+            for path in self.folder.glob("*.partial"):
+                path.unlink()
+        from_rank_0()  # wait for rank 0
+        own = [n for n in range(rank(), len(self.blocks), world_size()) if is_whole(self.path(n))]
+        whole = {block for blocks in gather_objects(own) for block in blocks}
+        missing = [n for n in range(len(self.blocks)) if n not in whole]
+        rounds = -(-len(missing) // world_size())
+        bar = progress(rounds * BATCHES_A_BLOCK, name, "batch")
+        for start in range(0, len(missing), world_size()):
+            turn = missing[start : start + world_size()]
+            # as many forwards on every rank: with its layers spread over ranks a model needs all
+            number = turn[rank()] if rank() < len(turn) else None
+            values = self._compute(
+                self.blocks[turn[0] if number is None else number], compute, device, bar
+            )
+            if number is not None:
+                content = values.view(torch.uint8).numpy()
+                write_checked(self.path(number), lambda file, content=content: file.write(content))
+            check_stop()
+        bar.close()
+        gather_objects(None)  # wait for all
+        self._open()
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{self.fingerprint}-{number:05d}.bin"
+
+    def _compute(self, rows: list[int], compute: Callable, device: torch.device, bar) -> Tensor:
+        """The values of a block's rows, [tokens, width]."""
+        parts = []
+        for i in range(BATCHES_A_BLOCK):
+            batch_rows = rows[i * self.rows_at_once : (i + 1) * self.rows_at_once]
+            batch = make_batch(self.examples, batch_rows or rows[:1], device)
+            if batch_rows or world_size() > 1:
+                values = compute(batch)
+            if batch_rows:
+                parts.append(values.reshape(-1, self.width).to("cpu", self.dtype))
+            bar.update()
+        return torch.cat(parts)
+
+    def _open(self) -> None:
+        for number, rows in enumerate(self.blocks):
+            start = 0
+            for row in rows:
+                self.places[row] = (number, start)
+                start += self.counts[row]
+            path = str(self.path(number))
+            values = torch.from_file(path, size=start * self.width, dtype=self.dtype)
+            self.values.append(values.view(start, self.width))
+
+    def read(self, batch: Batch) -> Tensor:
+        """The batch's values [N, width] on its device, in the order of `batch.index`."""
+        parts = []
+        for row in batch.rows:
+            number, start = self.places[row]
+            parts.append(self.values[number][start : start + self.counts[row]])
+        return torch.cat(parts).to(batch.input_ids.device, non_blocking=True)
+
+
+def shard_layers(model: nn.Module) -> None:
+    """Spread a frozen model's decoder layers over all ranks (PyTorch's fully_shard); embeddings and
+    head stay whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    stacks = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
+    for layer in max(stacks, key=len):
+        # each layer is a root of its own, and roots would stay whole after a forward
+        fully_shard(layer, reshard_after_forward=True)
