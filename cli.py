@@ -92,7 +92,7 @@ def decimal(low: float, high: float, above: bool = False) -> Callable[[str], flo
 
 def folder(text: str) -> str:
     """The type of a folder that must be there."""
-    if not Path(text).is_dir():
+    if not text or not Path(text).is_dir():  # "" would be the current one
         raise argparse.ArgumentTypeError(f"no such folder: {printable(text)!r}")
     return text
 

@@ -273,6 +273,8 @@ def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Setti
 
 def contradiction(settings: Settings) -> str | None:
     """What is wrong with the settings as a whole."""
+    if not settings.out:
+        return "--out is empty; give a folder"
     if len(set(settings.seeds)) < len(settings.seeds):
         return f"--seeds must be different numbers, got {','.join(map(str, settings.seeds))}"
     if settings.epochs and (len(settings.epochs) != 3 or min(settings.epochs[1:]) < 1):

@@ -52,18 +52,19 @@ def fit(
     if finished:
         return finished
     step_inputs = []
-    teacher = None
+    teacher, reference_loss = None, None
     if target:
         teacher = open_target(cell, plan, target)
         step_inputs.append(teacher)
     if reference:
-        step_inputs.append(open_reference(cell, plan, teacher, target, reference))
+        reference_loss = open_reference(cell, plan, teacher, target, reference)
+        step_inputs.append(reference_loss)
     if plan.method:
         step_inputs.append(plan.method)
     model = initial_model(cell, plan)
     options = training_options(cell, plan, folder, settings)
     summary = train(model, plan.examples, step, step_inputs, **options)
-    summary["target_forwards"] = target_forwards(plan, teacher, summary)
+    summary["target_forwards"] = target_forwards(plan, teacher, reference_loss, summary)
     return storage.save_stage(folder, settings, summary, model, cell.tokenizer)
 
 
@@ -244,7 +245,9 @@ def written_by_target(cell, target: Model, examples: Sequence[Example]) -> list[
 # What training costs
 
 
-def target_forwards(plan: Plan, teacher: Frozen | None, summary: dict) -> dict[str, int]:
+def target_forwards(
+    plan: Plan, teacher: Frozen | None, reference_loss: ReferenceLoss | None, summary: dict
+) -> dict[str, int]:
     """Rows that the target was run on for this stage, by what they can be shared with: a cache, and
     responses that the target wrote (a call a token then)."""
     rows = {}
@@ -252,6 +255,8 @@ def target_forwards(plan: Plan, teacher: Frozen | None, summary: dict) -> dict[s
         rows[f"cache {teacher.cache.fingerprint}"] = len(plan.examples)
     elif teacher:
         rows[f"steps of {plan.name}"] = summary["rows"]
+        if reference_loss and reference_loss.cache and reference_loss.name != "ce":
+            rows[f"cache {reference_loss.cache.fingerprint}"] = len(plan.examples)
     if plan.method and plan.method.data == "target":
         rows[f"written {digest(plan.examples)}"] = len(plan.examples)
     return rows

@@ -8,6 +8,10 @@ evaluated, on validation rows unless told otherwise, in one table. The flags are
 run_all.py, without what chooses methods, and a few of studies.
 """
 
+import interrupt  # noqa: F401 -- first: it makes Ctrl-C during the other imports one line
+
+# isort: split
+
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

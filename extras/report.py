@@ -420,7 +420,8 @@ def add(args, folder: Path) -> None:
     runs = [load_run(path) for path in args.results]
     study = {"study": args.name, "title": args.title, "note": args.note}
     study |= {"baseline": args.baseline, "order": args.order}
-    commands = [portable(command) for run in runs for command in run.get("commands", ())]
+    commands = [command for run in runs for command in run.get("commands", ())]
+    commands = [portable(as_module(command)) for command in commands]
     study["commands"] = list(dict.fromkeys(commands))
     study["machine"] = args.machine or joined(run.get("machine") for run in runs)
     for key in VERSIONS:
@@ -433,6 +434,11 @@ def add(args, folder: Path) -> None:
     write_study(study, path)
     size = path.stat().st_size / 1000
     print(f"{path}: {len(rows)} rows, {size:.1f} kB; now python -m extras.report")
+
+
+def as_module(command: str) -> str:
+    """The command as it was typed: a run knows `python -m extras.NAME` by the script's path."""
+    return re.sub(r"(?<=\s)\S*\bextras/(\w+)\.py\b", r"-m extras.\1", command)
 
 
 def table_order(row: dict) -> tuple:

@@ -25,7 +25,7 @@ def examples(tokenizer):
     return data.encode("arithmetic", rows, tokenizer, 128)[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(tokenizer):
     """make_model(architecture, seed, **sizes): a small random model with a padded head, of each
     kind the project names."""

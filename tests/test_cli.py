@@ -70,6 +70,7 @@ def test_what_can_be_read(type, text, value):
         (decimal(0, 1), "much", "got 'much'"),
         (folder, "/no/such\x1b", "no such folder: '/no/such\\\\x1b'"),
         (folder, __file__, "no such folder"),
+        (folder, "", "no such folder: ''"),
     ],
 )
 def test_what_cannot_be_read(type, text, words):

@@ -85,7 +85,7 @@ def test_methods_are_named_by_what_is_not_usual():
     assert Method("adaspec", k=0.4).label == "AdaSPEC"
     best = METHODS["best"]
     assert (best.divergence, best.decay, best.batch) == ("tvd", "linear", 4)
-    assert Method("best").label == "best divergence=fkl decay=constant batch=None"
+    assert Method("best").label == "best divergence=fkl batch=None decay=constant"
 
 
 def test_who_writes_as_training_goes_on():
@@ -206,6 +206,7 @@ def test_flags_are_fields():
         ("--data-dir=", "argument --data-dir: no such folder"),
         ("--pairs custom --target a", "--pairs custom needs --target and --draft"),
         ("--pairs pythia --target a --draft b", "add --pairs custom"),
+        ("--out=", "--out is empty"),
         ("--gama 3", "unrecognized arguments: --gama"),
         ("--k", "argument --k: expected one argument"),
     ],
@@ -230,7 +231,7 @@ def test_any_arguments_are_parsed_or_refused(tmp_path):
     together = apart.map(lambda pair: ["=".join(pair)])
     command_lines = st.lists(apart | together | st.lists(word, max_size=1), max_size=5)
 
-    @hypothesis.settings(max_examples=200, deadline=None, database=None)
+    @hypothesis.settings(max_examples=100, deadline=None, database=None)
     @hypothesis.given(command_lines)
     def check(parts):
         err = io.StringIO()

@@ -1,5 +1,5 @@
-"""speculative.py: losslessness, every trap of DESIGN.md, batches, counts, offline acceptance and the
-command line. Statistical tests: see tests/sampling.py."""
+"""speculative.py: losslessness, every trap of DESIGN.md, batches, counts, offline acceptance and
+the command line. Statistical tests: see tests/sampling.py."""
 
 import copy
 import itertools
@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import speculative
+from cli import printable
 from speculative import (
     Stats,
     autoregressive_generate,
@@ -121,14 +122,14 @@ def test_greedy_is_the_targets_own(pairs, prompts, name):
     ids, mask = prompts
     for row, gamma in ((0, 1), (1, 4), (2, 6)):
         prompt = ids[row : row + 1, mask[row].bool()]
-        expected = transformers_greedy(target, prompt, 40)
-        assert torch.equal(autoregressive_generate(target, prompt, max_new_tokens=40), expected)
+        expected = transformers_greedy(target, prompt, 24)
+        assert torch.equal(autoregressive_generate(target, prompt, max_new_tokens=24), expected)
         for draft in (target, half, unrelated):
-            out = speculative_generate(target, draft, prompt, max_new_tokens=40, gamma=gamma)
+            out = speculative_generate(target, draft, prompt, max_new_tokens=24, gamma=gamma)
             assert torch.equal(out.sequences, expected)
             if draft is target:  # also: its cache is right after a round that was all accepted
                 assert out.stats.alpha == 1
-                assert out.stats.target_calls == math.ceil(40 / (gamma + 1))
+                assert out.stats.target_calls == math.ceil(24 / (gamma + 1))
             if draft is half:
                 assert 0.1 < out.stats.alpha < 0.95
             if draft is unrelated:
@@ -210,9 +211,9 @@ def test_models_in_training_mode_are_run_in_evaluation_mode_and_put_back(prompts
 def test_batched_rows_are_what_they_would_be_alone(pairs, prompts, name, gamma):
     target, draft = pairs[name]
     ids, mask = prompts
-    n = 30
+    n = 20
     text = transformers_greedy(target, ids[:1], n)[0, 10:].tolist()
-    settings = {"max_new_tokens": n, "gamma": gamma, "eos_token_id": [text[12], 3]}
+    settings = {"max_new_tokens": n, "gamma": gamma, "eos_token_id": [text[9], 3]}
     out = speculative_generate(target, draft, ids, mask, pad_token_id=33, **settings)
     assert torch.equal(out.sequences[:, :10], ids)
     lengths = set()
@@ -234,29 +235,30 @@ def test_batched_rows_are_what_they_would_be_alone(pairs, prompts, name, gamma):
     assert torch.equal(plain, out.sequences)
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "gpt2"])
-def test_rows_reach_the_last_position_together(pairs, name):
+@pytest.mark.parametrize("name", ["llama", "codegen", "gpt2"])
+def test_rows_reach_the_last_position_together(name):
     """A row near the end is fed drafts it cannot use: they must not be looked up beyond the model's
     positions. Nor where all rows are padded on the left: padding takes no positions."""
-    target, draft = pairs.get(name) or (build(name, seed=5), noised(build(name, seed=5)))
+    target = build(name, seed=5, context=32)
+    draft = noised(target)
     ids = torch.randint(0, 40, (8, 4), generator=torch.Generator().manual_seed(0))
-    limit = CONTEXT - 4
-    expected = autoregressive_generate(target, ids, max_new_tokens=limit)
-    out = speculative_generate(target, draft, ids, max_new_tokens=limit, gamma=8)
+    expected = autoregressive_generate(target, ids, max_new_tokens=28)
+    out = speculative_generate(target, draft, ids, max_new_tokens=28, gamma=8)
     assert torch.equal(out.sequences, expected)
     assert len({stats.target_calls for stats in out.row_stats}) > 1
     padded = torch.cat([torch.zeros(8, 9, dtype=torch.long), ids], 1)
     mask = (torch.arange(13) >= 9).long().expand(8, -1)
-    out = speculative_generate(target, draft, padded, mask, max_new_tokens=limit, gamma=8)
+    out = speculative_generate(target, draft, padded, mask, max_new_tokens=28, gamma=8)
     assert torch.equal(out.sequences[:, 9:], expected)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_each_row_can_have_a_limit_of_its_own(pairs, prompts, name):
-    """Also one that another row's prompt leaves no room for: 10 + 54 and 1 + 63 tokens of 64."""
-    target, draft = pairs[name]
+@pytest.mark.parametrize("name", ["llama", "codegen"])
+def test_each_row_can_have_a_limit_of_its_own(prompts, name):
+    """Also one that another row's prompt leaves no room for: 10 + 22 and 1 + 31 tokens of 32."""
+    target = build(name, seed=5, context=32)
+    draft = noised(target)
     ids, mask = prompts
-    limits = [54, 1, 7, 63]
+    limits = [22, 1, 7, 31]
     out = speculative_generate(target, draft, ids, mask, max_new_tokens=limits, gamma=4)
     plain = autoregressive_generate(target, ids, mask, max_new_tokens=limits)
     assert torch.equal(plain, out.sequences)
@@ -268,9 +270,9 @@ def test_each_row_can_have_a_limit_of_its_own(pairs, prompts, name):
         new = out.sequences[row, 10 : 10 + limit]
         assert torch.equal(new, alone.sequences[0, prompt.shape[1] :])
     for wrong, message in (
-        ([54, 1, 7], "3 limits for 4 rows"),
-        ([54, 0, 7, 63], "max_new_tokens must be at least 1, got 0"),
-        ([54, 58, 7, 63], "prompt of 7 tokens .* 58 > context of 64"),
+        ([22, 1, 7], "3 limits for 4 rows"),
+        ([22, 0, 7, 31], "max_new_tokens must be at least 1, got 0"),
+        ([22, 26, 7, 31], "prompt of 7 tokens .* 26 > context of 32"),
     ):
         with pytest.raises(ValueError, match=message):
             speculative_generate(target, draft, ids, mask, max_new_tokens=wrong)
@@ -356,14 +358,14 @@ SETTINGS = {
 @pytest.mark.parametrize("gamma", [1, 5])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_sampling_is_lossless(small, setting, gamma):
-    """Every continuation of 4 tokens against its exact probability; false alarms 1e-4 for each of
+    """Every continuation of 3 tokens against its exact probability; false alarms 1e-4 for each of
     10 cases."""
     target, draft, _ = small
     sampling = {"temperature": 1.0} | SETTINGS[setting]
     prompt = torch.tensor([[1, 0, 3]])
-    exact = enumerate_texts(target, prompt, 4, 5, **sampling)
-    counts, stats = sample_counts(target, draft, prompt, 4, 5, 6000, gamma=gamma, **sampling)
-    statistic, critical = chi_square(counts, exact * 6000)
+    exact = enumerate_texts(target, prompt, 3, 5, **sampling)
+    counts, stats = sample_counts(target, draft, prompt, 3, 5, 4000, gamma=gamma, **sampling)
+    statistic, critical = chi_square(counts, exact * 4000)
     assert statistic < critical
     assert 0.3 < stats.alpha < 0.99
 
@@ -376,8 +378,8 @@ def test_sampling_is_lossless_with_other_drafts(small, kind):
     prompt = torch.tensor([[2, 2]])
     exact = enumerate_texts(target, prompt, 4, 5)
     draft = target if kind == "itself" else unrelated
-    counts, stats = sample_counts(target, draft, prompt, 4, 5, 6000, gamma=3, temperature=1.0)
-    statistic, critical = chi_square(counts, exact * 6000)
+    counts, stats = sample_counts(target, draft, prompt, 4, 5, 4000, gamma=3, temperature=1.0)
+    statistic, critical = chi_square(counts, exact * 4000)
     assert statistic < critical
     assert stats.alpha > 0.9999 if kind == "itself" else stats.alpha < 0.9
 
@@ -390,8 +392,8 @@ def test_sampling_is_lossless_when_the_draft_never_agrees():
     draft = biased(base, [0.0] * 2 + [-1e4] * 4)
     prompt = torch.tensor([[1, 4]])
     exact = enumerate_texts(target, prompt, 3, 6)
-    counts, stats = sample_counts(target, draft, prompt, 3, 6, 6000, gamma=3, temperature=1.0)
-    statistic, critical = chi_square(counts, exact * 6000)
+    counts, stats = sample_counts(target, draft, prompt, 3, 6, 4000, gamma=3, temperature=1.0)
+    statistic, critical = chi_square(counts, exact * 4000)
     assert statistic < critical
     assert stats.accepted == 0 and stats.tau == 1
 
@@ -426,24 +428,20 @@ def test_sampling_is_lossless_for_ragged_rows_with_end_tokens(small):
 
 @pytest.mark.parametrize("name", ["llama", "codegen"])
 def test_long_runs_stay_the_targets(name):
-    """Ragged rows of 150 tokens, many holes and compactions later: two martingales within 4.5
-    standard deviations; false alarms 2.7e-5 for each of 2 cases."""
-    target = build(name, seed=5, context=256)
+    """Ragged rows of 110 tokens, many holes and compactions later: two martingales within 4.5
+    standard deviations; false alarms 1.4e-5 for each of 2 cases."""
+    target = build(name, seed=5, context=128)
     draft = noised(target, 0.3)
     prompts = [torch.arange(length) + 1 for length in (9, 2, 5, 1, 7, 7)]
-    settings = {"max_new_tokens": 150, "temperature": 1.2, "gamma": 5}
+    settings = {"max_new_tokens": 110, "temperature": 1.2, "gamma": 5}
     settings["generator"] = torch.Generator().manual_seed(0)
-    ids, mask = left_pad(prompts)
-    out = speculative_generate(target, draft, ids, mask, **settings)
-    texts = [
-        row[marks.bool()].tolist() for row, marks in zip(out.sequences[:, :9], mask, strict=True)
-    ]
-    texts = [text + row for text, row in zip(texts, out.sequences[:, 9:].tolist(), strict=True)]
-    lengths = [len(prompt) for prompt in prompts]
+    out = speculative_generate(target, draft, *left_pad(prompts), **settings)
     assert 0.2 < out.stats.alpha < 0.8
-    values = martingales(target, draft, texts, lengths, 1.2)
-    assert max(map(abs, values)) < 4.5
-    # texts of another temperature are told from these
+    lengths = [len(prompt) for prompt in prompts]
+    rows = zip(out.sequences.tolist(), lengths, strict=True)
+    texts = [row[9 - length :] for row, length in rows]  # without padding
+    assert max(map(abs, martingales(target, draft, texts, lengths, 1.2))) < 4.5
+    # the same texts are not those of another temperature
     assert max(map(abs, martingales(target, draft, texts, lengths, 1.0))) > 4.5
 
 
@@ -561,7 +559,7 @@ def test_lenience_of_one_is_lossless_to_the_bit(small, fn, temperature):
     for lossy in ({}, {"lenience": 1.0, "lenience_fn": fn}, {"lenience": 0.2, "lenience_fn": fn}):
         settings = {"temperature": temperature, "generator": torch.Generator().manual_seed(0)}
         settings |= lossy
-        outs.append(speculative_generate(target, draft, ids, max_new_tokens=40, **settings))
+        outs.append(speculative_generate(target, draft, ids, max_new_tokens=12, **settings))
     assert torch.equal(outs[0].sequences, outs[1].sequences)
     assert outs[0].row_stats == outs[1].row_stats
     assert outs[2].stats.alpha > outs[0].stats.alpha
@@ -607,12 +605,12 @@ def test_lossy_distribution_is_the_stated_one(small, fn):
     exact = passing + (1 - passing.sum()) * residual / residual.sum()
     settings = {"gamma": 1, "temperature": 1.0, "lenience": eps, "lenience_fn": fn}
     settings["generator"] = torch.Generator().manual_seed(1)
-    ids = prompt.repeat(15_000, 1)
+    ids = prompt.repeat(8000, 1)
     out = speculative_generate(target, draft, ids, max_new_tokens=2, **settings)
     counts = torch.bincount(out.sequences[:, 3], minlength=5).double()
-    statistic, critical = chi_square(counts, exact * 15_000)
+    statistic, critical = chi_square(counts, exact * 8000)
     assert statistic < critical
-    assert abs(out.stats.alpha - passing.sum()) < 4 * math.sqrt(0.25 / 15_000)
+    assert abs(out.stats.alpha - passing.sum()) < 4 * math.sqrt(0.25 / 8000)
 
 
 def test_greedy_lenience_is_the_stated_rule(pairs):
@@ -742,7 +740,7 @@ def test_simulated_rounds_are_decoding_itself_at_temperature_0(pairs, name):
     ends = [token for token in range(40) if 0 < often[token] < 6][:2]  # ends some rows only
     settings = {"max_new_tokens": 21, "eos_token_id": ends}
     sequences = autoregressive_generate(target, ids, **settings)
-    for gamma in (1, 2, 5, 30):
+    for gamma in (1, 4, 30):
         out = speculative_generate(target, draft, ids, gamma=gamma, **settings)
         assert torch.equal(out.sequences, sequences)
         lengths = [stats.generated for stats in out.row_stats]
@@ -961,14 +959,8 @@ def test_command_line_prints_text_and_rates(folders, capsys):
     settings = {"eos_token_id": 0, "vocab_size": len(tokenizer)}
     text = autoregressive_generate(model, prompt, max_new_tokens=20, **settings)[0]
     text = tokenizer.decode(text, skip_special_tokens=True)
-    assert out.startswith(speculative_printable(text))
+    assert out.startswith(printable(text))
     assert "alpha 0." in out and "tau " in out and "speed-up" in out
-
-
-def speculative_printable(text):
-    from cli import printable
-
-    return printable(text)
 
 
 def test_command_line_escapes_control_characters(folders, capsys):

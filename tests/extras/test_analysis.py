@@ -172,7 +172,7 @@ def test_tau_by_gamma_is_that_of_decoding(pair, examples, tokenizer, decoding):
     assert 0.2 < greedy["alpha"] < 0.98
     assert list(greedy["tau_by_gamma"]) == [str(n) for n in range(1, 11)]
     prompts = [data.prompt_ids(example)[None] for example in examples[:4]]
-    for gamma in (1, 2, 4, 7, 10):
+    for gamma in (1, 4, 10):
         generated = calls = 0
         for prompt in prompts:
             out = speculative_generate(target, draft, prompt, gamma=gamma, **decoding)

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from cli import Parser, add_flags
-from extras import report
+from extras import ablations, eagle, report
 from settings import Method, Settings, parse_settings
 
 CELL = {
@@ -128,25 +128,26 @@ def test_the_page_is_what_the_studies_say():
 
 
 def test_recorded_commands_of_today_can_be_run(tmp_path, monkeypatch):
-    """Every command of run_all.py in results/ still parses."""
+    """Every command of run_all.py, extras.ablations and extras.eagle in results/ parses."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     parser = Parser(prog="run_all.py")
     add_flags(parser, Settings)
     add_flags(parser, Method)
-    count = 0
+    studies = {"extras.ablations": ablations, "extras.eagle": eagle}
+    parsed = []
     for path in (report.ROOT / "results").glob("*.json"):
-        record = report.load_json(path)
-        for command in report.today(record):
+        for command in report.today(report.load_json(path)):
             words = shlex.split(command)
             if words[1] == "run_all.py":
-                settings, methods = parse_settings(parser, words[2:])
-                assert settings.pairs and methods
-                count += 1
+                parsed.append(parse_settings(parser, words[2:]))
+            elif words[2] in studies:
+                parsed.append(studies[words[2]].parse_arguments(words[3:]))
             else:
-                assert words[1:2] == ["-m"] and words[2].startswith("extras."), command
+                assert words[1] == "-m" and words[2].startswith("extras."), command
                 assert (report.ROOT / f"{words[2].replace('.', '/')}.py").is_file(), command
-    assert count >= 2
+    assert len(parsed) >= 8
+    assert all(methods for _, methods in parsed)
 
 
 @pytest.fixture
@@ -238,6 +239,16 @@ def test_what_makes_no_study(project, change, words):
         add(project)
     assert "\n" not in str(error.value)
     assert not (project / "results" / "one.json").exists()
+
+
+def test_commands_are_recorded_as_they_were_typed(project):
+    run = json.loads((project / "run.json").read_text())
+    run["commands"] = ["python /home/me/extras/ablations.py k --data-dir /data --out abl"]
+    run["rows"] = make_rows({f"AdaSPEC k={n}": ALPHAS["AdaSPEC"] for n in range(10)})
+    (project / "run.json").write_text(json.dumps(run))
+    add(project, "one", "--baseline", "AdaSPEC k=4")
+    study = json.loads((project / "results" / "one.json").read_text())
+    assert study["commands"] == ["python -m extras.ablations k --data-dir data --out abl"]
 
 
 def test_rows_come_in_the_order_of_the_methods(project):
