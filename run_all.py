@@ -122,10 +122,12 @@ def evaluation_protocol(cell) -> dict:
 
 
 def remove_outdated(folder: Path, subject: dict) -> None:
-    """Remove evaluations of a draft of this label that was trained otherwise: it is gone."""
+    """Remove evaluations of what is gone: of a draft of this label that was trained otherwise, and
+    of drafts of a target that was."""
     for path in folder.glob("*.json"):
-        other = storage.read_json(path).get("subject", {})
-        if other.get("draft") == subject["draft"] and other["models"] != subject["models"]:
+        other = storage.read_json(path).get("subject", subject)
+        retrained = other["draft"] == subject["draft"] and other["models"] != subject["models"]
+        if retrained or other["models"][0] != subject["models"][0]:
             storage.remove_checked(path)
 
 

@@ -261,11 +261,12 @@ def git_commit() -> str:
 
 
 def command_line() -> str:
-    """The command that runs this process."""
+    """The command that runs this process, as it was typed (`python -m extras.X` too)."""
+    arguments = [argument for argument in sys.orig_argv[1:] if argument != "-u"]  # torchrun's
     launcher = "python"
     if "RANK" in os.environ:
         launcher = f"torchrun --nproc_per_node {world_size()}"
-    return f"{launcher} {shlex.join(sys.argv)}"
+    return f"{launcher} {shlex.join(arguments)}"
 
 
 def machine() -> str:

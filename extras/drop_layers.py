@@ -9,6 +9,7 @@ import torch
 
 import models
 from cli import Parser, run_command
+from extras import measure
 
 
 def drop_layers(model, first: int, last: int):
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", required=True, help="new folder for the draft, which from_pretrained loads")
     add("--first", type=int, required=True, help="how many of the first layers to keep")
     add("--last", type=int, required=True, help="how many of the last layers to keep")
-    args = parser.parse_args(argv)
+    args = measure.parse(parser, argv)
     source, out = Path(args.target), Path(args.out)
     if not source.is_dir():
         raise ValueError(f"--target {source}: no such folder")

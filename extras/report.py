@@ -271,7 +271,7 @@ def task_table(study: dict) -> list[str]:
             cells = [f"{pair}: {draft}" if several else draft, f"{temperature:g}"]
             for task in tasks:
                 own = [row for row in rows if row["task"] == task]
-                others = [r for r in groups[pair, baseline][temperature] if r["task"] == task]
+                others = groups[pair, baseline][temperature]
                 gain = "" if draft == baseline else f" {interval(gains(own, others))}"
                 cells.append(f"{mean_of('alpha', own):.3f}{gain}")
             lines.append(" | ".join(cells))

@@ -17,6 +17,10 @@ when tried. Flash and flex attention do not, nor do models without position_ids 
 some Falcons): these are refused.
 """
 
+import interrupt  # noqa: F401 -- first: it makes Ctrl-C during the other imports one line
+
+# isort: split
+
 import json
 import math
 import time
@@ -241,7 +245,8 @@ def tree_generate(
     check_prompt((target, draft), input_ids, None, max_new_tokens)
     if len(input_ids) != 1:
         raise ValueError(f"a tree is drafted for one row at a time, got {len(input_ids)} rows")
-    check_branching(branching)
+    if not branching or min(branching) < 1:
+        raise ValueError(f"branching must be one or more numbers of at least 1, got {branching}")
     vocab_size = shared_vocabulary((target, draft), vocab_size)
     ends = end_token_list(eos_token_id)
     sampling = (temperature, top_k, top_p)
@@ -266,11 +271,6 @@ def tree_generate(
                 lane.rollback(length, [length - 1 + node for node in path])
     stats.check()
     return SpeculativeOutput(torch.tensor([text]).to(input_ids), stats, [stats])
-
-
-def check_branching(branching) -> None:
-    if not branching or min(branching) < 1:
-        raise ValueError(f"branching must be one or more numbers of at least 1, got {branching}")
 
 
 # Comparison: the target alone, a chain and a tree
@@ -308,6 +308,11 @@ def compare(target, draft, prompts, *, branching, gamma, seed=0, **sampling) -> 
     return result
 
 
+def child_counts(text: str) -> list[int]:
+    """The type of --branching."""
+    return [whole()(part) for part in text.split(",")]
+
+
 def parse_arguments(argv: list[str] | None):
     parser = Parser(prog="extras.tree", description="Tokens per target call: chain against tree.")
     add = parser.add_argument
@@ -315,7 +320,7 @@ def parse_arguments(argv: list[str] | None):
     add("--draft", required=True, help="folder or Hub id of the draft")
     add("--prompts", help='JSON lines with a "prompt" each; without it the offline test rows')
     add("--limit", type=whole(), default=20, help="the first so many prompts")
-    add("--branching", default="4,2,2,1", help="children of a node, by depth")
+    add("--branching", type=child_counts, default="4,2,2,1", help="children of a node, by depth")
     add("--gamma", type=whole(), help="drafts of the chain; without it as deep as the tree")
     add("--temperature", type=float, default=0.0, help="0 = greedy")
     add("--max-new-tokens", type=whole(), default=64, help="tokens written at most, a prompt")
@@ -329,9 +334,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    branching = [int(b) if b.isdecimal() else 0 for b in args.branching.split(",")]
-    check_branching(branching)
-    gamma = args.gamma or len(branching)
+    gamma = args.gamma or len(args.branching)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     check_sampling(seed=args.seed, **sampling)
     if args.prompts:
@@ -344,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     sampling |= {"eos_token_id": end_tokens(target, tokenizer), "vocab_size": len(tokenizer)}
     tokens = [tokenizer(text).input_ids for text in texts[: args.limit]]
     prompts = [torch.tensor([ids], dtype=torch.long, device=device) for ids in tokens]
-    settings = {"branching": branching, "gamma": gamma, "seed": args.seed, **sampling}
+    settings = {"branching": args.branching, "gamma": gamma, "seed": args.seed, **sampling}
     result = compare(target, draft, prompts, **settings)
     if args.json:
         print(json.dumps({**vars(args), "device": str(device), "ways": result}))

@@ -17,7 +17,7 @@ from transformers import (
     PhiConfig,
 )
 
-from speculative import Stats
+from speculative import Stats, speculative_generate
 
 ARCHITECTURES = ["neox", "llama", "phi", "codegen"]
 CONTEXT = 64
@@ -88,6 +88,50 @@ def same_counts(a, b, gamma):
     return a + padding == b + padding
 
 
+def slow_tree(target, draft, prompt, max_new_tokens, branching, ends=(), draft_logits=None):
+    """Greedy tree drafting re-stated without trees, masks or caches: tokens and counts.
+
+    Only the node on the target's path matters: there the draft's b likeliest tokens hold the
+    target's choice or do not. `draft_logits(text, drafts)`: those of a draft that can only begin
+    after a first, plain target call (an EAGLE head).
+    """
+
+    def logits(model, tokens):
+        with torch.no_grad():
+            return model(torch.tensor([tokens])).logits[0, -1]
+
+    text, stats, depths = [], Stats(), len(branching)
+    if draft_logits:
+        text, stats.target_calls = [int(logits(target, prompt).argmax())], 1
+    guesses = draft_logits or (lambda text, drafts: logits(draft, text + drafts))
+    accepted_at, judged_at = [0] * depths, [0] * depths
+    while len(text) < max_new_tokens and not (text and text[-1] in ends):
+        usable = min(depths, max_new_tokens - len(text) - 1)
+        start, accepted, ended = prompt + text, 0, False
+        stats.target_calls += 1
+        stats.rounds += usable > 0
+        while True:
+            own = int(logits(target, prompt + text).argmax())
+            hit = False
+            if accepted < usable:
+                guess = guesses(start, text[len(start) - len(prompt) :])
+                hit = own in guess.topk(branching[accepted]).indices
+                judged_at[accepted] += 1
+                accepted_at[accepted] += hit
+            text.append(own)
+            accepted += hit
+            ended = hit and own in ends
+            if not hit or ended:
+                break
+        stats.cut += ended
+        stats.drafted += accepted if ended else usable
+        stats.rejected += not ended and accepted < usable
+        stats.never_judged += 0 if ended else max(0, usable - accepted - 1)
+        stats.accepted += accepted
+    stats.generated = len(text)
+    return text, stats + Stats(per_position=(accepted_at, judged_at))
+
+
 # Distributions
 
 
@@ -136,6 +180,15 @@ def chi_square(counts, expected):
     df = int(used.sum()) - 1
     critical = df * (1 - 2 / (9 * df) + LOW_ALARM * math.sqrt(2 / (9 * df))) ** 3
     return (((counts - expected) ** 2)[used] / expected[used]).sum().item(), critical
+
+
+def sample_counts(target, draft, prompt, n, vocab, samples, *, seed=0, **settings):
+    """How often each continuation came out of `samples` rows decoded together, and the counts."""
+    ids = prompt.repeat(samples, 1)
+    settings["generator"] = torch.Generator().manual_seed(seed)
+    out = speculative_generate(target, draft, ids, max_new_tokens=n, **settings)
+    code = (out.sequences[:, prompt.shape[1] :] * vocab ** torch.arange(n - 1, -1, -1)).sum(1)
+    return torch.bincount(code, minlength=vocab**n).double(), out.stats
 
 
 def martingales(target, draft, texts, prompt_lengths, temperature):

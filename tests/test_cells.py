@@ -63,15 +63,19 @@ def test_a_cell_of_a_pair_from_scratch(toy_cell, toy_settings):
     )
 
 
-def test_the_plan_says_the_steps_of_all_seeds(toy_settings):
-    settings = replace(toy_settings, seeds=(0, 7), epochs=(0, 1, 5), max_steps=7, max_length=60)
+def test_the_plan_says_the_steps_of_all_seeds(toy_cell, toy_settings):
+    lengths = [example.prompt_length for example in toy_cell.examples]
+    dropped = sum(length >= max(lengths) for length in lengths)
+    flags = {"seeds": (0, 7), "epochs": (0, 1, 5), "max_steps": 7, "max_length": max(lengths)}
+    settings = replace(toy_settings, **flags)
     cell = prepare_cell("toy", "arithmetic", 0, settings, CPU, PAIRS)
+    assert (
+        cell.sizes.startswith(f"{24 - dropped} train rows, ") and f" ({dropped} and" in cell.sizes
+    )
+    assert cell.sizes.endswith(f"within {max(lengths)} tokens)")
     assert cell.plan == (
         f"toy / arithmetic / seed 0, 7: {cell.sizes}; steps of target, reference, draft: 0, 2, 7"
     )
-    dropped = 24 - len(cell.examples)
-    assert dropped > 0 and cell.dropped[0] == dropped
-    assert f"({dropped} and " in cell.sizes and cell.sizes.endswith("within 60 tokens)")
 
 
 def test_rows_of_other_splits(toy_settings):

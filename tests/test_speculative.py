@@ -30,7 +30,6 @@ from speculative import (
 )
 from tests.sampling import (
     ARCHITECTURES,
-    CONTEXT,
     biased,
     build,
     chi_square,
@@ -41,6 +40,7 @@ from tests.sampling import (
     noised,
     reference_distribution,
     same_counts,
+    sample_counts,
 )
 
 
@@ -289,7 +289,7 @@ def test_batch_without_padding_and_without_a_mask_gives_the_same(pairs, prompts)
 
 
 def test_memory_stays_within_twice_the_longest_row(pairs, monkeypatch):
-    """Rows that accept different numbers leave holes; compaction bounds them and changes nothing."""
+    """Rows that accept different numbers leave holes; compaction bounds them, and no more."""
     target, draft = pairs["neox"]
     slots, compactions, rollback = [], 0, speculative.Lane.rollback
 
@@ -335,15 +335,6 @@ def test_until_the_first_end_token():
 
 
 # Temperature > 0: the target's distribution
-
-
-def sample_counts(target, draft, prompt, n, vocab, samples, *, seed=0, **settings):
-    """How often each continuation came out of `samples` rows decoded together."""
-    ids = prompt.repeat(samples, 1)
-    settings["generator"] = torch.Generator().manual_seed(seed)
-    out = speculative_generate(target, draft, ids, max_new_tokens=n, **settings)
-    code = (out.sequences[:, prompt.shape[1] :] * vocab ** torch.arange(n - 1, -1, -1)).sum(1)
-    return torch.bincount(code, minlength=vocab**n).double(), out.stats
 
 
 SETTINGS = {

@@ -284,6 +284,9 @@ def test_private_folders_are_named(project):
     path.write_text(json.dumps({"command": "python bench.py --json /root/w/faults.json"}))
     with pytest.raises(ValueError, match=r"folder of one machine: python bench\.py --json /root"):
         report.main([], project)
+    study = make_study(make_rows(), commands=["python run_all.py --data-dir=/home/me"])
+    with pytest.raises(ValueError, match="made-up: its command names a folder of one machine"):
+        report.check_study(study)
 
 
 def test_bad_names_and_files(project):

@@ -1,0 +1,698 @@
+"""EAGLE heads: decoding against a sampler without caches, losslessness, the losses written out,
+files, resume, and the command.
+
+Statistical tests use fixed seeds, so they pass or fail for good; the false-alarm rate that each
+states is the chance that an unlucky seed would have failed a correct sampler.
+"""
+
+import copy
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, BloomConfig, OPTConfig
+
+import adaspec
+import models
+import ranks
+import stages
+from adaspec import select_tokens, token_kl
+from cells import prepare_cell
+from data import all_tokens, collate, make_batch
+from extras import eagle
+from extras.eagle import (
+    Eagle,
+    TargetStates,
+    eagle_adaspec_step,
+    eagle_step,
+    run_heads,
+    training_accuracy,
+)
+from extras.tree import tree_generate
+from settings import Method, Pair, Settings
+from speculative import Stats, autoregressive_generate, expected_acceptance, speculative_generate
+from storage import Checkpoints
+from teacher import Frozen, ReferenceLoss, TokenCache
+from tests.sampling import ARCHITECTURES, build, chi_square, enumerate_texts, same_counts
+from train import Student, train
+
+CPU = torch.device("cpu")
+PROMPT = torch.tensor([[5, 0, 39, 7, 0]])
+
+
+# A slow sampler to hold decoding against
+
+
+@torch.no_grad()
+def slow_logits(target, head, text, drafts):
+    """The head's logits after text and drafts, without a cache: true states before all of the text,
+    its guesses after that."""
+    true = target.base_model(torch.tensor([text])).last_hidden_state[0]
+    states = [torch.zeros_like(true[0]), *true[:-1]]
+    for i in range(len(drafts) + 1):
+        tokens = torch.tensor([text + drafts[:i]])
+        out = head(tokens, torch.stack(states)[None], use_cache=False)
+        states.append(out.hidden_states[0][0, -1])
+    return out.logits[0, -1]
+
+
+def slow_eagle(target, head, prompt, max_new_tokens, branching, ends=()):
+    """Greedy decoding re-stated without caches, batches, trees or shared code: (tokens, counts).
+
+    Only the node on the target's path matters: there the head's b likeliest tokens hold the
+    target's choice or do not. The first target call is a plain one.
+    """
+
+    def best(tokens):
+        with torch.no_grad():
+            return int(target(torch.tensor([tokens])).logits[0, -1].argmax())
+
+    text = [best(prompt)]
+    stats = Stats(target_calls=1)
+    accepted_at, judged_at = [0] * len(branching), [0] * len(branching)
+    while len(text) < max_new_tokens and text[-1] not in ends:
+        usable = min(len(branching), max_new_tokens - len(text) - 1)
+        start, drafts, ended = prompt + text, [], False
+        stats.target_calls += 1
+        stats.rounds += usable > 0
+        while True:
+            own = best(start + drafts)
+            text.append(own)
+            depth = len(drafts)
+            if depth == usable:
+                break
+            likeliest = slow_logits(target, head, start, drafts).topk(branching[depth]).indices
+            judged_at[depth] += 1
+            if own not in likeliest:
+                break
+            accepted_at[depth] += 1
+            drafts.append(own)
+            ended = own in ends
+            if ended:
+                break
+        accepted = len(drafts)
+        stats.cut += ended
+        stats.accepted += accepted
+        stats.drafted += accepted if ended else usable
+        if not ended:
+            stats.rejected += accepted < usable
+            stats.never_judged += max(0, usable - accepted - 1)
+    stats.generated = len(text)
+    return text, stats + Stats(per_position=(accepted_at, judged_at))
+
+
+def head_on(target, steps=45, seed=0):
+    """A head that has learned a little of the target's own text, so that it agrees now and then."""
+    torch.manual_seed(seed)
+    head, vocab = Eagle(target), target.config.vocab_size
+    prompts = torch.randint(vocab, (32, 2))
+    text = autoregressive_generate(target, prompts, max_new_tokens=20, temperature=1.0)
+    states = target.base_model(text, use_cache=False).last_hidden_state.detach()
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+    for _ in range(steps):
+        logits = head(text, F.pad(states, (0, 0, 1, -1)), use_cache=False).logits
+        optimizer.zero_grad()
+        token_kl(target.get_output_embeddings()(states), logits).mean().backward()
+        optimizer.step()
+    return head.eval()
+
+
+@pytest.fixture(scope="module")
+def heads():
+    """A target of every architecture and a head on it."""
+    targets = {name: build(name, seed=5) for name in ARCHITECTURES}
+    return {name: (target, head_on(target)) for name, target in targets.items()}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A target over five tokens, so that all continuations can be enumerated, and a head on it."""
+    target = build("llama", vocab=5, hidden=16, initializer_range=0.25)
+    return target, head_on(target, steps=15)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize(
+    ("name", "branching"),
+    [("neox", (1,)), *((name, b) for name in ARCHITECTURES for b in ((1, 1, 1, 1), (3, 2, 1)))],
+)
+def test_greedy_is_the_targets_own_with_the_counts_of_a_slow_sampler(heads, name, branching):
+    target, head = heads[name]
+    expected = autoregressive_generate(target, PROMPT, max_new_tokens=24)
+    text, counts = slow_eagle(target, head, PROMPT[0].tolist(), 24, branching)
+    out = tree_generate(target, head, PROMPT, branching=branching, max_new_tokens=24)
+    assert torch.equal(out.sequences, expected) and out.sequences[0, 5:].tolist() == text
+    assert same_counts(out.stats, counts, len(branching)) and 0.1 < out.stats.alpha < 0.98
+    if max(branching) == 1:
+        gamma = len(branching)
+        chain = speculative_generate(target, head, PROMPT, gamma=gamma, max_new_tokens=24)
+        assert torch.equal(chain.sequences, expected) and same_counts(chain.stats, counts, gamma)
+
+
+@pytest.mark.parametrize("name", ["neox", "llama"])
+def test_every_node_of_a_tree_is_drafted_from_its_parents_guess(heads, monkeypatch, name):
+    target, head = heads[name]
+    calls, forward = [], eagle.HeadTreeLane.forward
+
+    def spy(lane, tokens, visible, keep):
+        calls.append((tokens, visible[-keep:], forward(lane, tokens, visible, keep)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(eagle.HeadTreeLane, "forward", spy)
+    out = tree_generate(target, head, PROMPT, branching=(3, 2, 1), max_new_tokens=8)
+    text = out.sequences[0].tolist()
+    for tokens, visible, logits in calls:
+        if isinstance(tokens, list):  # a round begins: the text so far
+            n, nodes = visible.shape[1], []
+        else:
+            nodes += tokens.tolist()
+        for slots, row in zip(visible[:, n:].tolist(), logits, strict=True):
+            path = [token for token, seen in zip(nodes, slots, strict=True) if seen]
+            expected = slow_logits(target, head, text[:n], path)
+            torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
+    assert len(calls) > 6
+
+
+@pytest.mark.parametrize(("name", "gamma"), [("neox", 1), *((name, 4) for name in ARCHITECTURES)])
+def test_batched_rows_are_what_they_would_be_alone(heads, name, gamma):
+    """Left-padded prompts of 9, 6, 2 and 1 tokens; rows end at different times and accept different
+    numbers."""
+    target, head = heads[name]
+    ids = torch.randint(0, 40, (4, 9), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(9) >= torch.tensor([[0], [3], [7], [8]])).long()
+    ends = [autoregressive_generate(target, ids[:1], max_new_tokens=12)[0, -1].item(), 3]
+    settings = {"max_new_tokens": 30, "eos_token_id": ends, "pad_token_id": 33}
+    out = speculative_generate(target, head, ids, mask, gamma=gamma, **settings)
+    assert torch.equal(out.sequences, autoregressive_generate(target, ids, mask, **settings))
+    lengths = set()
+    for row in range(4):
+        prompt = ids[row, mask[row].bool()].tolist()
+        tokens, counts = slow_eagle(target, head, prompt, 30, (1,) * gamma, ends)
+        assert out.sequences[row, 9:].tolist()[: len(tokens)] == tokens
+        assert same_counts(out.row_stats[row], counts, gamma)
+        lengths.add(len(tokens))
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("max_new_tokens", range(1, 8))
+def test_limit_inside_a_block(heads, max_new_tokens):
+    target, head = heads["neox"]
+    expected = autoregressive_generate(target, PROMPT, max_new_tokens=max_new_tokens)
+    counts = slow_eagle(target, head, PROMPT[0].tolist(), max_new_tokens, (1, 1, 1))[1]
+    limit = {"max_new_tokens": max_new_tokens}
+    for out in (
+        speculative_generate(target, head, PROMPT, gamma=3, **limit),
+        tree_generate(target, head, PROMPT, branching=(1, 1, 1), **limit),
+    ):
+        assert torch.equal(out.sequences, expected) and same_counts(out.stats, counts, 3)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_sampling_is_lossless(small, padded):
+    """Every continuation of 4 tokens against its exact probability, rows decoded together; false
+    alarms 1e-4 each."""
+    target, head = small
+    prompts, mask = torch.tensor([[1, 0, 3], [4, 4, 2]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    rows = 2 if padded else 1
+    generator = torch.Generator().manual_seed(0)
+    out = speculative_generate(
+        target,
+        head,
+        prompts[:rows].repeat(6000, 1),
+        mask.repeat(6000, 1) if padded else None,
+        max_new_tokens=4,
+        gamma=3,
+        temperature=1.0,
+        generator=generator,
+    )
+    own = out.sequences[rows - 1 :: rows, 3:]
+    code = (own * torch.tensor([125, 25, 5, 1])).sum(1)
+    counts = torch.bincount(code, minlength=625).double()
+    prompt = prompts[1:, 2:] if padded else prompts[:1]
+    expected = enumerate_texts(target, prompt, 4, 5) * counts.sum()
+    statistic, critical = chi_square(counts, expected)
+    assert statistic < critical
+    assert 0.3 < out.stats.alpha < 0.99
+
+
+def test_tree_sampling_is_lossless(small):
+    """One by one, with one generator throughout; the two tokens that a tree of depth 2 judges after
+    the first; false alarms 1e-4."""
+    target, head = small
+    counts, stats = torch.zeros(25, dtype=torch.float64), Stats()
+    prompt = torch.tensor([[1, 0, 3]])
+    settings = {"branching": (2, 2), "max_new_tokens": 4, "temperature": 1.0}
+    settings["generator"] = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        out = tree_generate(target, head, prompt, **settings)
+        counts[int(5 * out.sequences[0, 4] + out.sequences[0, 5])] += 1
+        stats += out.stats
+    texts = enumerate_texts(target, prompt, 4, 5).view(5, 25, 5)
+    statistic, critical = chi_square(counts, texts.sum((0, 2)) * 300)
+    assert statistic < critical
+    assert stats.rejected > 20 and stats.accepted > 200 and stats.per_position[0][1] > 20
+
+
+def test_the_evaluator_sees_what_a_rounds_first_draft_is_made_from(heads):
+    """At every token of the target's own text, and in a batch padded on the right."""
+    target, head = heads["llama"]
+    text = autoregressive_generate(target, PROMPT, max_new_tokens=40)[0].tolist()
+    guesses = [int(slow_logits(target, head, text[:n], []).argmax()) for n in range(5, 45)]
+    input_ids = torch.tensor([text, text[:30] + [0] * 15])
+    labels = torch.tensor([[-100] * 5 + text[5:], [-100] * 5 + text[5:30] + [-100] * 15])
+    agree = [guess == token for guess, token in zip(guesses, text[5:], strict=True)]
+    for temperature in (0.0, 1.0):
+        exact = expected_acceptance(target, head, input_ids, labels, temperature)
+        assert exact.agree.tolist() == agree + agree[:25]
+    assert 3 < sum(agree) < 40
+
+
+def test_nothing_of_the_target_is_changed(heads):
+    target, head = heads["neox"]
+    before = speculative_generate(target, None, PROMPT, max_new_tokens=8).sequences
+    head.train()
+    after = speculative_generate(target, head, PROMPT, max_new_tokens=8).sequences
+    assert torch.equal(after, before) and head.training
+    head.eval()
+    assert not target.base_model._forward_hooks
+    for name, weight in target.named_parameters():
+        used = name.split(".")[-2] in ("embed_in", "lm_head", "embed_out")
+        assert weight.requires_grad != used, "only what the head uses is frozen"
+
+
+# The head
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_head_is_one_layer_of_the_targets_kind_without_norms_at_either_end(heads, name):
+    target, head = heads[name]
+    stacks = [m for m in target.base_model.modules() if isinstance(m, torch.nn.ModuleList)]
+    layer = max(stacks, key=len)[0]
+    norms = ("input_layernorm", "ln_1")
+    expected = {key for key, _ in layer.named_parameters() if not key.startswith(norms)}
+    keys = [key.split(".", 3) for key, _ in head.named_parameters()]
+    assert {key[3] for key in keys if key[0] == "trunk"} == expected
+    assert {key[2] for key in keys if key[0] == "trunk"} == {"0"}
+    assert [".".join(key) for key in keys if key[0] != "trunk"] == ["fuse.weight", "fuse.bias"]
+
+
+def test_noise_is_for_training_alone_and_of_its_width(heads):
+    head = copy.deepcopy(heads["neox"][1])
+    inputs, ids, states = [], torch.tensor([[1, 2, 3]]), torch.randn(1, 3, 32)
+    head.fuse.register_forward_hook(
+        lambda module, args, output: inputs.append(args[0][..., 32:] - states)
+    )
+    for mode in (True, False):
+        head.train(mode)(ids, states)
+    assert 0.08 < inputs[0].abs().max() <= 0.1 + 1e-6 and inputs[0].min() < -0.08
+    assert not inputs[1].any()
+
+
+# Training
+
+
+@pytest.fixture
+def make_head(make_model, examples):
+    """make_head(architecture, noise, seed): a target, its states over 24 rows, and a head that
+    learns from them."""
+
+    def make(architecture="neox", noise=0.1, seed=3):
+        target = make_model(architecture, seed=1, initializer_range=0.2)
+        states = TargetStates(Frozen(target, 400), examples[:24])
+        torch.manual_seed(seed)
+        head = Eagle(target, noise)
+        head.teacher = states
+        return target, states, head
+
+    return make
+
+
+def train_head(head, examples, step=eagle_step, **settings):
+    settings = {"vocab_size": 400, "lr": 3e-3, "epochs": 1, "batch_size": 8} | settings
+    return train(head, examples, step, [head.teacher], **settings)
+
+
+def plain_loss(target, head, reference, examples, k):
+    """The losses written out, row by row and without padding: mean over the selected tokens."""
+    kl, distance, gap = [], [], []
+    for ids, prompt in examples:
+        ids = torch.from_numpy(ids).long()[None]
+        with torch.no_grad():
+            true = target.base_model(ids).last_hidden_state
+            p = target(ids).logits[0, prompt - 1 : -1, :400]
+        states = torch.cat([torch.zeros_like(true[:, :1]), true[:, :-1]], 1)
+        out, reference_out = (model(ids, states, use_cache=False) for model in (head, reference))
+        kl.append(token_kl(p, out.logits[0, prompt - 1 : -1, :400]))
+        guess = out.hidden_states[0][0, prompt - 1 : -1]
+        difference = (guess - true[0, prompt - 1 : -1]).abs()
+        smooth = torch.where(difference < 1, difference**2 / 2, difference - 0.5)
+        distance.append(smooth.mean(1))
+        reference_kl = token_kl(p, reference_out.logits[0, prompt - 1 : -1, :400])
+        gap.append((kl[-1] - reference_kl).detach())
+    selected = select_tokens(torch.cat(gap), k)
+    loss = torch.cat(distance) + 0.1 * torch.cat(kl)
+    return loss[selected].mean(), int(selected.sum())
+
+
+@pytest.mark.parametrize("k", [None, 0.4])
+@pytest.mark.parametrize("architecture", ["neox", "llama"])
+def test_steps_are_the_losses_written_out(make_head, examples, architecture, k):
+    """Value, tokens and every gradient, uniform and on selected tokens."""
+    target, states, head = make_head(architecture, noise=0)
+    _, _, reference = make_head(architecture, noise=0, seed=9)
+    batch = make_batch(examples, list(range(6)), CPU)
+    student = Student(head, 400)
+    if k:
+        losses = ReferenceLoss(Frozen(reference, 400), states, "fkl")
+        loss, count = eagle_adaspec_step(student, batch, states, losses, Method("adaspec", k=k))
+    else:
+        loss, count = eagle_step(student, batch, states)
+    (loss / count).backward()
+    gradient = torch.cat([p.grad.flatten() for p in head.parameters()])
+    head.zero_grad()
+    expected, tokens = plain_loss(target, head, reference, examples[:6], k or 1.0)
+    expected.backward()
+    expected_gradient = torch.cat([p.grad.flatten() for p in head.parameters()])
+    assert (loss / count).item() == pytest.approx(expected.item(), rel=1e-5) and count == tokens
+    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    assert all(p.grad is None for p in target.parameters())
+
+
+class Losses:
+    """A reference whose losses are given."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def losses(self, batch):
+        return self.values
+
+
+def test_the_filter_is_adaspecs_and_over_all_ranks(make_head, examples, monkeypatch):
+    """Another rank's larger gaps take the places of this one's; a NaN gap is a NaN loss."""
+    assert eagle.select_tokens is adaspec.select_tokens
+    assert eagle.gather_gaps is adaspec.gather_gaps
+    _, states, head = make_head(noise=0)
+    batch = make_batch(examples, [0, 1], CPU)
+    n = len(batch.index)
+    student, method = Student(head, 400), Method("adaspec", k=0.5)
+    losses = Losses(torch.zeros(n))
+    assert eagle_adaspec_step(student, batch, states, losses, method)[1] == -(-n // 2)
+
+    def gather_gaps(gap):
+        others = torch.full((n,), 1e9)
+        return torch.cat([others[: n // 2], gap]), slice(n // 2, None)
+
+    monkeypatch.setattr(eagle, "gather_gaps", gather_gaps)
+    loss, count = eagle_adaspec_step(student, batch, states, losses, method)
+    assert loss.isfinite() and count == -(-(n + n // 2) // 2) - n // 2
+    losses.values = torch.full((n,), torch.nan)
+    assert eagle_adaspec_step(student, batch, states, losses, method)[0].isnan()
+
+
+def test_training_lowers_the_loss_and_raises_the_accuracy(make_head, examples, tmp_path):
+    """From the cache, which changes nothing but rounding; the accuracy is the evaluator's
+    agreement."""
+    curves = []
+    for cached in (False, True):
+        target, states, head = make_head()
+        first = training_accuracy(head.eval(), examples[:24], 400)
+        if cached:
+            cache = TokenCache(tmp_path, "a", all_tokens(examples[:24]), 32, torch.float32, 5)
+            states.teacher.use(cache, "target")
+        losses = []
+
+        def record(*inputs, losses=losses):
+            loss, count = eagle_step(*inputs)
+            losses.append(loss.item() / count)
+            return loss, count
+
+        train_head(head, examples[:24], record, epochs=4)
+        curves.append(losses)
+        last = training_accuracy(head, examples[:24], 400, rows_at_once=7)
+        assert losses[-1] < 0.8 * losses[0] and last > first
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+    input_ids, labels = collate(examples[:24])
+    agree = expected_acceptance(target, head, input_ids, labels, vocab_size=400).agree
+    assert agree.float().mean() == pytest.approx(last)
+
+
+def test_accuracy_is_over_all_ranks_with_equal_forwards(make_head, examples, monkeypatch):
+    """Of 7 rows, 3 at once, rank 0 has 4 and rank 1 has 3: two forwards of the target on each."""
+    _, states, head = make_head(noise=0)
+    expected = training_accuracy(head.eval(), examples[:7], 400)
+    hidden, batches, parts = states.teacher.hidden, [], []
+    monkeypatch.setattr(
+        states.teacher, "hidden", lambda batch: batches.append(batch) or hidden(batch)
+    )
+    monkeypatch.setattr(eagle, "world_size", lambda: 2)
+    monkeypatch.setattr(eagle, "gather_objects", lambda part: parts.append(part) or parts)
+    for rank in (0, 1):
+        monkeypatch.setattr(eagle, "rank", lambda rank=rank: rank)
+        value = training_accuracy(head, examples[:7], 400, rows_at_once=3)
+    assert value == pytest.approx(expected)
+    assert [len(batch.rows) for batch in batches] == [3, 1, 3, 1]
+    assert sum(tokens for _, tokens in parts) == len(make_batch(examples, range(7), CPU).index)
+
+
+def test_bfloat16_follows_float32(make_head, make_model, examples):
+    """As on a GPU: float32 weights under autocast, the target's states and head in bfloat16."""
+    _, _, exact = make_head(noise=0)
+    _, _, head = make_head(noise=0)
+    half = make_model(seed=1, initializer_range=0.2).to(torch.bfloat16)
+    head.teacher = TargetStates(Frozen(half, 400), examples[:24])
+    exact_loss = train_head(exact, examples[:24])["loss"]
+    loss = train_head(head, examples[:24], dtype="bfloat16")["loss"]
+    assert loss == pytest.approx(exact_loss, rel=0.05)
+    assert {p.dtype for p in head.parameters()} == {torch.float32}
+    accuracies = [training_accuracy(model, examples[:24], 400) for model in (exact, head)]
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=0.05)
+
+
+def test_resume_is_bit_for_bit(make_head, examples, tmp_path):
+    """Noise and all: the states of the generators are in the checkpoint, the target's weights are
+    not."""
+    undisturbed = make_head()[2]
+    train_head(undisturbed, examples[:24], epochs=2)
+    head, calls = make_head()[2], []
+
+    def stopping(*inputs):
+        calls.append(1)
+        if len(calls) == 4:
+            ranks.stop_signal = signal.SIGTERM
+        return eagle_step(*inputs)
+
+    checkpoints = Checkpoints(tmp_path, "a")
+    with pytest.raises(ranks.Stopped):
+        train_head(head, examples[:24], stopping, epochs=2, checkpoints=checkpoints)
+    ranks.stop_signal = None
+    resumed = make_head(seed=99)[2]
+    state = torch.load(checkpoints.newest(), weights_only=True)["model"]
+    assert set(state) == set(resumed.state_dict())
+    assert len(state) == len(list(resumed.parameters()))
+    train_head(resumed, examples[:24], epochs=2, checkpoints=checkpoints)
+    for weight, expected in zip(resumed.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(weight, expected)
+
+
+# Files and refusals
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_files_hold_the_head_alone(heads, tmp_path, name):
+    target, head = heads[name]
+    head.save_pretrained(tmp_path / "head")
+    files = sorted(path.name for path in (tmp_path / "head").iterdir())
+    assert files == ["eagle.json", "eagle.safetensors"]
+    again = Eagle.from_pretrained(tmp_path / "head", target)
+    assert again.state_dict().keys() == head.state_dict().keys()
+    assert not again.training and again.noise == head.noise
+    embedding = target.get_input_embeddings().weight
+    assert not any(value.shape == embedding.shape for value in head.state_dict().values())
+    outs = [speculative_generate(target, m, PROMPT, max_new_tokens=20) for m in (head, again)]
+    assert torch.equal(outs[0].sequences, outs[1].sequences) and outs[0].stats == outs[1].stats
+    half = Eagle.from_pretrained(tmp_path / "head", copy.deepcopy(target).to(torch.bfloat16))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_wrong_folders_and_targets_are_refused(heads, tmp_path):
+    target, head = heads["llama"]
+    head.save_pretrained(tmp_path)
+    for other in (heads["neox"][0], build("llama", vocab=41), build("llama", hidden=48)):
+        with pytest.raises(ValueError, match="was made for a target with"):
+            Eagle.from_pretrained(tmp_path, other)
+    with pytest.raises(ValueError, match="does not fit LlamaForCausalLM"):
+        Eagle.from_pretrained(tmp_path, build("llama", attention_bias=True))
+    record = json.loads((tmp_path / "eagle.json").read_text())
+    for broken in ("{", "[]", json.dumps(record).replace("hidden", "x")):
+        (tmp_path / "eagle.json").write_text(broken)
+        with pytest.raises(ValueError, match="holds no EAGLE head"):
+            Eagle.from_pretrained(tmp_path, target)
+    (tmp_path / "eagle.json").write_text(json.dumps(record))
+    weights = tmp_path / "eagle.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match="holds no EAGLE head"):
+            Eagle.from_pretrained(folder, target)
+
+
+def test_targets_that_give_no_positions_or_states_are_refused():
+    sizes = {"vocab_size": 40, "hidden_size": 32, "pad_token_id": 1}
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(n_layer=1, n_head=4, **sizes))
+    with pytest.raises(ValueError, match="BloomForCausalLM takes no position_ids"):
+        Eagle(bloom)
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"word_embed_proj_dim": 32, "ffn_dim": 64}
+    opt = AutoModelForCausalLM.from_config(OPTConfig(**sizes)).eval()
+    with pytest.raises(ValueError, match="OPTForCausalLM does not call its base_model"):
+        speculative_generate(opt, Eagle(opt), PROMPT, max_new_tokens=5)
+    assert not opt.base_model._forward_hooks
+
+
+# The stages and the command
+
+
+@pytest.fixture
+def target_folder(make_model, tokenizer, tmp_path):
+    """A target with tied embeddings and a padded head."""
+    folder = tmp_path / "models" / "SmolLM2-135M-Instruct"
+    for part in (make_model("llama", initializer_range=0.3), tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("cache_gb", [100.0, 0.0])
+def test_stages_of_a_cell(target_folder, tmp_path, monkeypatch, cache_gb):
+    """The reference is EAGLE's own head where the epochs agree; the target's rows are counted as
+    they are run: once for a cache, else in every step and for the accuracy."""
+    target_rows = []
+
+    def load_model(path, dtype, device):
+        model = models.load_model(path, dtype, device)
+
+        def note(module, args, kwargs):
+            if kwargs["input_ids"].shape[1] > 8:  # Head.check's are 8 long
+                target_rows.append(len(kwargs["input_ids"]))
+
+        model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(stages, "load_model", load_model)
+    results = []
+    monkeypatch.setattr(eagle, "evaluate_drafts", lambda *evaluation: results.append(evaluation))
+    settings = replace(
+        Settings(), limit=24, max_length=128, max_new_tokens=6, eval_prompts=2, batch=8,
+        epochs=(0, 1, 2), dtype="float32", cache_gb=cache_gb, out=str(tmp_path / "out"),
+    )  # fmt: skip
+    pairs = {"toy": Pair(str(target_folder), None)}
+    cell = prepare_cell("toy", "arithmetic", 0, settings, CPU, pairs)
+    methods = [
+        Method("distillspec", epochs=1),
+        Method("adaspec"),
+        Method("adaspec", k=0.2, reference_epochs=2),
+        Method("distillspec"),
+    ]
+    run_heads(cell, methods)
+    _, target, heads, costs, load = results[0]
+    labels = ["EAGLE epochs=1", "EAGLE + AdaSPEC", "EAGLE + AdaSPEC k=0.2 reference_epochs=2"]
+    assert list(heads) == [*labels, "EAGLE"]
+    assert sorted(path.name for path in cell.folder.iterdir()) == [
+        "eagle-adaspec",
+        "eagle-adaspec-k-0.2-reference_epochs-2",
+        "eagle-distilled-1-epochs",
+        "eagle-distilled-2-epochs",
+    ]
+    records = {
+        label: json.loads(Path(head.path, "stage.json").read_text())
+        for label, head in heads.items()
+    }
+    reference = heads["EAGLE epochs=1"].fingerprint
+    assert records["EAGLE + AdaSPEC"]["settings"]["reference"] == reference
+    assert records["EAGLE + AdaSPEC"]["settings"]["k"] == 0.4
+    assert {record["settings"]["target"] for record in records.values()} == {target.fingerprint}
+    forwards = {}
+    for record in records.values():
+        forwards |= record["summary"]["target_forwards"]
+    # in steps: 1, 2, 2 and 2 epochs of the four heads
+    assert sum(forwards.values()) == sum(target_rows) == (24 if cache_gb else 24 * (7 + 4))
+    assert costs["EAGLE + AdaSPEC"]["epochs"] == 3 and costs["EAGLE"]["epochs"] == 2
+    for label, head in heads.items():
+        network = load(head.path, torch.float32, CPU)
+        assert isinstance(network, Eagle) and not network.training
+        assert costs[label]["accuracy"] == records[label]["summary"]["accuracy"]
+        states = TargetStates(Frozen(load(target.path, torch.float32, CPU), 400), cell.examples)
+        network.teacher = states
+        accuracy = training_accuracy(network, cell.examples, 400)
+        assert costs[label]["accuracy"] == pytest.approx(accuracy, abs=2e-3)
+
+
+SHORT = (
+    "--preset tiny --limit 24 --batch 8 --max-steps 2 --eval-prompts 2 --timed-prompts 1 "
+    "--max-new-tokens 8"
+).split()
+
+
+def test_command_ends_in_the_table_and_uses_heads_again(
+    target_folder, tmp_path, monkeypatch, capsys
+):
+    """A target from scratch that two seeds share, and one from a folder; again, nothing runs."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setitem(eagle.PAIRS, "tiny-eagle", Pair(sizes, None, target_lr=1e-3, lr=2e-3))
+    flags = {
+        "tiny-eagle": ["--seeds", "0,1", "--target-seed", "0"],  # the preset's pair
+        "smollm2-eagle": ["--pairs", "smollm2-eagle", "--models-dir", str(target_folder.parent)],
+    }
+    for pair, more in flags.items():
+        command = [*SHORT, "--out", str(tmp_path / pair), *more]
+        eagle.main(command)
+        out = capsys.readouterr().out
+        rows = json.loads((tmp_path / pair / "results.json").read_text())["rows"]
+        assert {row["draft"] for row in rows} == {"EAGLE", "EAGLE + AdaSPEC"}
+        for row in rows:
+            assert row["speedup"] > 0 and row["seconds_per_response"] > 0
+            assert 0 <= row["accuracy"] <= 1 and "tau_by_gamma" not in row
+        assert f"| arithmetic | {pair} | 0.0 | over EAGLE | " in out
+        assert "training accuracy" in out
+        folder = tmp_path / pair / pair / "arithmetic" / "seed0"
+        assert not (folder / "cache").exists()
+        target = AutoModelForCausalLM.from_pretrained(folder / "target")
+        head = Eagle.from_pretrained(folder / "eagle-adaspec", target)
+        assert head.config.num_hidden_layers == 1
+        eagle.main(command)
+        assert "last loss" not in capsys.readouterr().out
+    assert not (tmp_path / "tiny-eagle" / "tiny-eagle" / "arithmetic" / "seed1" / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--methods best", "unknown name 'best', expected one of distillspec, adaspec"),
+        ("--pairs pythia", "unknown name 'pythia', expected one of tiny-eagle, smollm2-eagle"),
+        ("--data target", "unrecognized arguments: --data target"),
+        ("--divergence tvd", "unrecognized arguments: --divergence tvd"),
+        ("--draft x", "unrecognized arguments: --draft x"),
+        ("--k 0", "argument --k: must be a number above 0 and at most 1"),
+        ("--max-new-tokens 2", "must be a whole number of at least 3"),
+    ],
+)
+def test_what_a_head_cannot_do_is_refused_in_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        eagle.main(flags.split())
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and words in message and message.count("\n") == 1
+
+
+def test_flags_and_methods():
+    settings, methods = eagle.parse_arguments(["--k", "0.2", "--methods", "AdaSPEC"])
+    assert methods == [Method("adaspec", k=0.2)] and settings.split == "test"
+    assert settings.pairs == ("tiny-eagle", "smollm2-eagle")
+    assert eagle.parse_arguments(["--preset", "tiny"])[0].pairs == ("tiny-eagle",)
+    flags = ["--preset", "tiny", "--pairs", "smollm2-eagle"]
+    assert eagle.parse_arguments(flags)[0].pairs == ("smollm2-eagle",)
+    assert [method.label for method in eagle.parse_arguments([])[1]] == ["DistillSpec", "AdaSPEC"]
