@@ -14,7 +14,7 @@ from head import Head
 from models import check_model, model_identity, resolve_model, scratch_model, shared_tokenizer
 from ranks import check_stop, from_rank_0, rank, world_size
 from settings import PAIRS, Method, Pair, Recipe, Settings, recipe
-from speculative import takes_positions
+from speculative import Lane
 from stages import Plan, fit, on_policy, written_by_target
 from storage import Model, fingerprint
 from train import DTYPES, fine_tuning_step, fraction_kept
@@ -169,10 +169,7 @@ def check_cell(cell: Cell, methods: list[Method]) -> None:
                 f"{settings.max_new_tokens} takes {longest}"
             )
         Head(model, len(cell.tokenizer))
-        if not takes_positions(model):
-            raise ValueError(
-                f"{printable(name)} takes no position_ids: batches of prompts cannot be decoded"
-            )
+        Lane(model, torch.zeros(2, 1, dtype=torch.long))  # can it be decoded, in a batch?
         for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, key, None) not in (None, 1):  # Head.check finds others
                 raise ValueError(

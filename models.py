@@ -226,8 +226,8 @@ def _identity(name: str, folder) -> str:
     check_name(name)
     if not Path(name).is_dir():
         with loading("a configuration", name):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        return f"{name}@{config._commit_hash}"
+            revision = Path(cached_file(name, "config.json")).parent.name  # snapshots/<revision>/
+        return f"{name}@{revision}"
     remembered = read_json(Path(folder, "digests.json"))
     digests = dict(remembered)
     content = {}

@@ -214,14 +214,7 @@ def train(
         # the same constant on all ranks keeps the summed loss small enough for float16
         scale = 1.0 / sum(lengths[row] for row in rows)
         sums = torch.zeros(4, dtype=torch.float64, device=device)
-        for i, batch in enumerate(micro):
-            last = i == len(micro) - 1
-            with nullcontext() if last else student.without_sync():
-                with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
-                    loss, count = step(student, batch, *step_inputs)
-                scaler.scale(loss * scale).backward()
-            sums[0] += loss.detach()
-            sums[1] += count
+        sums[:2] = accumulate(student, micro, step, step_inputs, dtype, scaler, scale)
 
         # over all ranks: summed loss, its tokens, who wants to save, who wants to stop
         sums[2] = rank() == 0 and time.monotonic() - saved > 60 * save_minutes
@@ -241,21 +234,17 @@ def train(
         where = f"step {number + 1} (epoch {epoch + 1}, rows {sorted(rows)} of those kept)"
         check_finite(total, norm, scaler.is_enabled(), f"{name}: ", f" is not finite in {where}")
 
-        # the optimiser's step; GradScaler skips it where a gradient has overflowed
+        # the optimiser's step
         for group in optimizer.param_groups:
             group["lr"] = DECAYS[decay](progress) * lr
-        scale_before = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        skipped = scaler.get_scale() < scale_before
+        skipped = scaled_step(optimizer, scaler)
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped_in_a_row == 20:  # the scale is a millionth by now: it is not the scale
             raise NonFiniteError(
                 f"{name}: no finite gradient in 20 steps in a row, up to step {number + 1}"
             )
 
-        # what the step did
+        # what it did
         summary["steps"] += 1
         summary["skipped_steps"] += skipped
         summary["rows"] += len(rows)
@@ -313,6 +302,38 @@ def make_optimizer(weights: list[Tensor], lr: float, weight_decay: float) -> tor
         {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def accumulate(
+    student: Student,
+    micro: list[Batch],
+    step: Callable,
+    step_inputs,
+    dtype: str,
+    scaler,
+    scale: float,
+) -> Tensor:
+    """Forward and backward of the micro-batches, of which the last one averages the gradients over
+    ranks; returns [summed loss, its tokens]."""
+    sums = torch.zeros(2, dtype=torch.float64, device=micro[0].input_ids.device)
+    for i, batch in enumerate(micro):
+        last = i == len(micro) - 1
+        with nullcontext() if last else student.without_sync():
+            with torch.autocast(sums.device.type, DTYPES[dtype], enabled=dtype != "float32"):
+                loss, count = step(student, batch, *step_inputs)
+            scaler.scale(loss * scale).backward()
+        sums[0] += loss.detach()
+        sums[1] += count
+    return sums
+
+
+def scaled_step(optimizer, scaler) -> bool:
+    """The optimiser's step; whether GradScaler has skipped it, because a gradient overflowed."""
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return scaler.get_scale() < scale
 
 
 def write_coming(on_policy, model: nn.Module, coming: list[list[int]], number: int) -> dict:

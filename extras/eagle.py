@@ -77,7 +77,7 @@ SHARED = ("model_type", "hidden_size", "vocab_size", "num_attention_heads")
 # The head
 
 
-def before(states: Tensor) -> Tensor:
+def previous_states(states: Tensor) -> Tensor:
     """The target's states [B, T, d] at every token, moved to the token after it: zeros, then
     states[:, :-1]."""
     return F.pad(states, (0, 0, 1, -1))
@@ -141,7 +141,7 @@ class Eagle(nn.Module):
 
     def response_states(self, batch: Batch) -> Tensor:
         """For training (head.py): the guesses [N, d] where they predict response tokens."""
-        states = before(self.teacher.whole(batch))
+        states = previous_states(self.teacher.all_states(batch))
         hidden = self.hidden(batch.input_ids, states, use_cache=False)
         return hidden.flatten(0, 1).index_select(0, batch.index)
 
@@ -149,7 +149,7 @@ class Eagle(nn.Module):
 
     def extra_inputs(self, target: nn.Module, input_ids: Tensor) -> dict:
         states = target.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return {"states": before(states)}
+        return {"states": previous_states(states)}
 
     def lanes(self, target, input_ids, mask, *limits) -> tuple[Lane, Lane]:
         target_lane = TargetLane(target, input_ids, mask, *limits)
@@ -233,7 +233,7 @@ class TargetStates:
         self.last_batch: Batch | None = None
         self.last_states: Tensor | None = None
 
-    def whole(self, batch: Batch) -> Tensor:
+    def all_states(self, batch: Batch) -> Tensor:
         """[B, T, d]; zeros at a row's last token, which predicts nothing, and on padding."""
         if self.last_batch is not batch:  # head and losses ask for the same one
             all_positions = make_batch(self.examples, batch.rows, batch.input_ids.device)
@@ -246,7 +246,7 @@ class TargetStates:
 
     def hidden(self, batch: Batch) -> Tensor:
         """[N, d], where response tokens are predicted."""
-        return self.whole(batch).flatten(0, 1).index_select(0, batch.index)
+        return self.all_states(batch).flatten(0, 1).index_select(0, batch.index)
 
 
 def eagle_step(student, batch: Batch, target: TargetStates):
@@ -363,13 +363,13 @@ class HeadLane(Lane):
     def advance(self, texts, lag, rows):
         """Feed next all that has a true state by now: unlike numbers of tokens, and so padded on
         the left as prompts are."""
-        kept = [self.true_lengths[row] for row in rows]
+        true_lengths = [self.true_lengths[row] for row in rows]
         starts = self.column(self.starts[row] for row in rows)
-        self.rollback(kept, rows)
-        missing = [len(text) - length for text, length in zip(texts, kept, strict=True)]
+        self.rollback(true_lengths, rows)
+        missing = [len(text) - length for text, length in zip(texts, true_lengths, strict=True)]
         n = max(missing)
         positions = torch.arange(-n, 0, device=self.device) + self.column(map(len, texts))
-        padding = positions < self.column(kept)
+        padding = positions < self.column(true_lengths)
         # beside a token stands the state before it, which the target's last call has computed
         index = (positions - 1 - starts).clamp(min=0)
         states = self.target.states[rows].take_along_dim(index[..., None], 1)
@@ -413,12 +413,12 @@ class HeadTreeLane(HeadLane, TreeLane):
     def rollback(self, length, path):
         """As HeadLane.advance: the path was made from guesses, and is fed anew with the target's
         states."""
-        kept, start = self.true_lengths[0], self.starts[0]
-        slots = torch.tensor([*range(kept - 1, length), *path], device=self.device)
+        true_length, start = self.true_lengths[0], self.starts[0]
+        slots = torch.tensor([*range(true_length - 1, length), *path], device=self.device)
         states = self.target.states[:, (slots - start).clamp(min=0)]
         self.states = states.masked_fill((slots < 0)[:, None], 0)
-        if kept:
-            super().rollback(kept, [])
+        if true_length:
+            super().rollback(true_length, [])
         self.true_lengths = [length + len(path) + 1]
         self.starts = [self.target.cache.get_seq_length()]
         self.ready = True

@@ -170,7 +170,7 @@ def index_blank(folder):
 def evil_pickle(folder):
     (folder / "model.safetensors").unlink()
     with open(folder / "pytorch_model.bin", "wb") as file:
-        pickle.dump({"a": Evil(folder / "ran")}, file)
+        pickle.dump({"a": Evil(folder / "ran")}, file, protocol=2)
 
 
 def bin_cut(folder):
@@ -223,7 +223,7 @@ def test_other_kinds_of_models_are_refused(tokenizer, tmp_path):
     t5 = T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **sizes)
     save_model(tmp_path / "t5", tokenizer, t5, AutoModelForSeq2SeqLM)
     for name, words in (("bert", "config.json says BertForMaskedLM"), ("t5", "T5")):
-        with pytest.raises(ValueError, match=f"cannot load a causal language model.*{words}"):
+        with pytest.raises(ValueError, match=rf"cannot load a causal language model.*{words}"):
             check_model(tmp_path / name)
 
 
@@ -256,7 +256,7 @@ def test_weights_under_wrong_names_are_not_replaced_by_random_ones(folder):
     weights["stray"] = weights.pop("gpt_neox.layers.0.attention.dense.weight")
     save_file(weights, path, {"format": "pt"})
     check_model(folder)
-    with pytest.raises(ValueError, match="1 weights are missing, the first is .*dense.weight"):
+    with pytest.raises(ValueError, match=r"1 weights are missing, the first is .*dense\.weight"):
         load_model(folder, torch.float32, "cpu")
 
 
@@ -280,7 +280,6 @@ def test_a_pickle_is_never_run(folder):
         ("models/tagret", "no such folder: "),  # models/ is here, so this is a path
         ("models/target/config.json", "is a file; give the folder"),
         ("a b", "no such folder: "),
-        ("", "no such folder: "),
     ],
 )
 def test_mistyped_paths_are_not_tried_on_the_hub(tmp_path, monkeypatch, load, name, words):
@@ -368,16 +367,22 @@ def test_a_pair_needs_an_end_token(tokenizer, tmp_path):
         shared_tokenizer(tmp_path / "endless", tmp_path / "endless")
 
 
+def tokenizer_missing(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def tokenizer_cut(folder):
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [
-        (lambda path: path.unlink(), "is tokenizer.json missing?"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cannot load a tokenizer"),
-    ],
-    ids=["missing", "cut"],
+    [(tokenizer_missing, "is tokenizer.json missing?"), (tokenizer_cut, "cannot load a tokenizer")],
 )
 def test_damaged_tokenizers_are_refused_in_one_line(folder, damage, words):
-    damage(folder / "tokenizer.json")
+    damage(folder)
     with pytest.raises(ValueError) as caught:
         load_tokenizer(folder)
     assert words in str(caught.value) and "\n" not in str(caught.value)

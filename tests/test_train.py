@@ -248,21 +248,27 @@ def test_seed_decides_everything(make_model, examples):
     assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
 
 
-def test_ranks_draw_different_dropout_on_the_same_rows(make_model, examples, monkeypatch):
-    """torch's seed, which dropout draws from, is the rank's own; the order of the rows is not."""
-    orders, draws = [], []
+def test_dropout_is_the_seeds_and_the_ranks_own(make_model, examples, monkeypatch):
+    """torch's generator, which dropout draws from; the order of the rows is the same on all
+    ranks."""
 
-    def step(student, batch):
-        orders.append(batch.rows)
-        draws.append(torch.rand(()).item())
-        return fine_tuning_step(student, batch)
+    def rows_and_draws(seed, number):
+        monkeypatch.setattr(train, "rank", lambda: number)
+        monkeypatch.setattr(ranks, "rank", lambda: number)
+        orders, draws = [], []
 
-    for number in (0, 1):
-        monkeypatch.setattr(train, "rank", lambda number=number: number)
-        monkeypatch.setattr(train, "micro_batches", lambda rows, size: [rows])
-        monkeypatch.setattr(ranks, "rank", lambda number=number: number)
-        train_copy(make_model(), examples, step, max_steps=2)
-    assert orders[:2] == orders[2:] and draws[:2] != draws[2:]
+        def step(student, batch):
+            orders.append(batch.rows)
+            draws.append(torch.rand(()).item())
+            return fine_tuning_step(student, batch)
+
+        train_copy(make_model(), examples, step, max_steps=2, seed=seed)
+        return orders, draws
+
+    monkeypatch.setattr(train, "micro_batches", lambda rows, size: [rows])
+    first, other_rank, other_seed = (rows_and_draws(*key) for key in ((0, 0), (0, 1), (5, 0)))
+    assert first[0] == other_rank[0] != other_seed[0]
+    assert len({str(draws) for _, draws in (first, other_rank, other_seed)}) == 3
 
 
 # What is not finite, what cannot be
@@ -337,6 +343,15 @@ def test_nan_from_the_reference_is_noticed(make_model, examples):
 
 
 def test_ruined_weights_are_no_finished_stage(make_model, examples):
+    """All of them, or some: the output head, which this step leaves alone, stays finite."""
+
+    def step(student, batch):
+        hidden = student.hidden(batch)
+        return hidden.square().sum(), len(hidden)
+
+    message = "weights are not finite after the last step"
+    with pytest.raises(train.NonFiniteError, match=message):
+        train_copy(make_model(), examples, step, lr=1e39, weight_decay=0.0, max_steps=1)
     with pytest.raises(train.NonFiniteError, match="weights are not finite after the last step"):
         train_copy(make_model(), examples, lr=1e38, max_steps=1)
 
@@ -378,7 +393,7 @@ def test_responses_are_written_when_their_rows_come_up(make_model, examples):
     batches_seen = []
 
     def step(student, batch):
-        assert student.hidden.training
+        assert student.hidden.model.training
         batches_seen.append((batch.rows, batch.labels.tolist()))
         return fine_tuning_step(student, batch)
 
@@ -505,6 +520,40 @@ def test_saves_by_the_clock_and_keeps_two_generations(make_model, examples, tmp_
     assert len(list(tmp_path.iterdir())) == 4, "each with its checksum, and nothing else"
     run(make_model(), examples, tmp_path / "rarely", save_minutes=10)
     assert not list(tmp_path.glob("rarely/*"))
+
+
+def test_the_clock_starts_anew_with_each_save(make_model, examples, tmp_path, monkeypatch):
+    """Steps of 25 seconds, saved every minute: after every third step."""
+    steps = []
+    monkeypatch.setattr(train.time, "monotonic", lambda: 25.0 * len(steps))
+
+    def step(student, batch):
+        steps.append(1)
+        return fine_tuning_step(student, batch)
+
+    saved = []
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, state: saved.append(step))
+    run(make_model(), examples, tmp_path, step, save_minutes=1)
+    assert saved == [3, 6, 9]
+
+
+def test_the_loss_scale_goes_on_too(make_model, examples, tmp_path):
+    """A scale that began anew would skip steps once more."""
+    explosive = summed(lambda logits: logits.float().pow(2).sum(-1) * 1e6)
+
+    def step(student, batch):
+        stop(student, batch)
+        return explosive(student, batch)
+
+    stop = stopping_at(None)
+    expected, undisturbed = run(make_model(), examples, None, step, dtype="float16")
+    stop = stopping_at(7)
+    with pytest.raises(ranks.Stopped):
+        run(make_model(), examples, tmp_path, step, dtype="float16")
+    ranks.stop_signal, stop = None, stopping_at(None)
+    trained, summary = run(make_model(), examples, tmp_path, step, dtype="float16")
+    assert 2 < undisturbed["skipped_steps"] == summary["skipped_steps"] < 7
+    assert torch.equal(trained, expected)
 
 
 def test_a_stop_in_the_last_step_ends_the_stage(make_model, examples, tmp_path):
