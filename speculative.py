@@ -334,22 +334,20 @@ def check_sampling(
     lenience_fn="exp", seed=0,
 ) -> None:  # fmt: skip
     """Raises ValueError, in one line, for a setting that has no meaning."""
-    for name, value in (("gamma", gamma), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    for name, value in (("temperature", temperature), ("top_k", top_k)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    if 0 < temperature < MIN_TEMPERATURE:
-        least = f"0 (greedy) or at least {MIN_TEMPERATURE}"
-        raise ValueError(f"temperature must be {least}, got {temperature}")
-    for name, value in (("top_p", top_p), ("lenience", lenience)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} must be in (0, 1], got {value}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
-    if lenience_fn not in LENIENCE:
-        raise ValueError(f"lenience_fn must be one of {', '.join(LENIENCE)}, got {lenience_fn!r}")
+    warm = temperature == 0 or temperature >= MIN_TEMPERATURE
+    for name, value, valid, expected in (
+        ("gamma", gamma, gamma >= 1, "at least 1"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "finite and at least 0"),
+        ("temperature", temperature, warm, f"0 (greedy) or at least {MIN_TEMPERATURE}"),
+        ("top_k", top_k, 0 <= top_k < math.inf, "finite and at least 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+        ("lenience", lenience, 0 < lenience <= 1, "in (0, 1]"),
+        ("lenience_fn", lenience_fn, lenience_fn in LENIENCE, f"one of {', '.join(LENIENCE)}"),
+        ("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63"),
+    ):
+        if not valid:
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def row_limits(max_new_tokens: int | list[int], rows: int) -> list[int]:
