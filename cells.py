@@ -251,7 +251,7 @@ def draft_plan(
     _, reference_epochs, draft_epochs = cell.recipe.epochs
     if method.name == "best":
         draft_epochs += reference_epochs
-    name = stage_name(cell, method, method.epochs or draft_epochs)
+    name = stage_name(method, method.epochs or draft_epochs)
     examples = examples or cell.examples
     if method.data == "target":
         examples = written_by_target(cell, target, examples)
@@ -287,7 +287,7 @@ def matching(cell: Cell, method: Method, epochs: int, rows: int) -> tuple[int, i
     return -(-steps // batches), batch_size, steps
 
 
-def stage_name(cell: Cell, method: Method, epochs: int) -> str:
+def stage_name(method: Method, epochs: int) -> str:
     """The folder of a draft, by what is not usual in its training."""
     names = {
         "distillspec": f"distilled-{epochs}-epochs",

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cells
+import stages
 from cells import base_models, check_cell, draft_plan, prepare_cell, reference_method, target_plan
 from data import all_tokens, digest, load_rows
 from models import model_identity
@@ -314,6 +315,22 @@ def test_who_writes_the_responses_of_a_plan(toy_cell, monkeypatch):
     assert (writer.max_length, writer.max_new_tokens, writer.batch_size) == (128, 128, 80)
     assert (writer.end, writer.vocab_size) == (0, len(toy_cell.tokenizer))
     assert plan_of(toy_cell, Method("distillspec", data="mixed", share=0.2)).on_policy.share == 0.2
+
+
+def test_each_block_that_the_target_writes_has_draws_of_its_own(toy_cell, monkeypatch):
+    seeds = []
+
+    def write(writer, model, examples, seed):
+        seeds.append(seed)
+        return examples
+
+    monkeypatch.setattr(stages, "load_model", lambda *arguments: None)
+    monkeypatch.setattr(stages.ResponseWriter, "write", write)
+    settings = replace(toy_cell.settings, eval_batch=2)  # eight rows a block
+    for seed in (0, 1):
+        cell = replace(toy_cell, settings=settings, seed=seed)
+        stages.written_by_target(cell, Model("target", "t"), cell.examples)
+    assert len(seeds) == len(set(seeds)) == 6
 
 
 # Matching (issue 13.9)

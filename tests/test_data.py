@@ -349,12 +349,13 @@ def test_batches_hold_every_row_once_in_nearly_equal_sizes(n, batch_size):
     for_ranks = [len(group) for group in data.batches(lengths, batch_size, 3, 0, ranks=8)]
     assert sum(for_ranks) == n
     assert min(for_ranks) >= 8 or n == 1, "mbpp's 374 rows in batches of 8 feed 8 ranks"
+    if n == 374:  # inside a window of 50 batches rows are sorted, and then the batches shuffled
+        longest = [max(lengths[i] for i in group) for group in epochs[0]]
+        assert longest not in (sorted(longest), sorted(longest, reverse=True))
     if n == 1000:
         assert epochs[0] != epochs[1] != data.batches(lengths, batch_size, seed=4, epoch=1)
         padded = sum(len(group) * max(lengths[i] for i in group) for group in epochs[0])
         assert padded < 1.1 * sum(lengths)  # random batches of 16 would pad to about 1.8 times
-        means = [np.mean([lengths[i] for i in group]) for group in epochs[0]]
-        assert means != sorted(means) and means != sorted(means, reverse=True), "random order"
 
 
 def test_collate_pads_right_to_the_multiple():

@@ -290,6 +290,16 @@ def test_who_writes_the_responses(tmp_path):
     assert not torch.equal(again, trained[2]), "longer responses are other responses"
 
 
+def test_a_draft_is_what_it_is_alone(tmp_path):
+    """Drafts of one command share target, reference and caches, and nothing that is not theirs."""
+    method = Method("adaspec", gap="tvd")
+    train_toy(tmp_path / "alone", method)
+    train_toy(tmp_path / "together", METHODS["adaspec"], METHODS["distillspec"], method)
+    (alone,) = weights_of(tmp_path / "alone", "adaspec-gap-tvd")
+    together, usual = weights_of(tmp_path / "together", "adaspec-gap-tvd", "adaspec")
+    assert torch.equal(alone, together) and not torch.equal(together, usual)
+
+
 # Pretrained pairs
 
 

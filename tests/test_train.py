@@ -413,6 +413,15 @@ def test_responses_are_written_when_their_rows_come_up(make_model, examples):
         assert labels == expected
 
 
+def test_ranks_share_the_writing_out(make_model, examples, monkeypatch):
+    on_policy = Written(examples, refresh=2)
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    for number in (0, 1):
+        monkeypatch.setattr(train, "rank", lambda number=number: number)
+        train.write_coming(on_policy, make_model(), [[7, 2, 9], [4, 1]], 6)
+    assert [(step, rows) for step, rows, _ in on_policy.calls] == [(6, [1, 4, 9]), (6, [2, 7])]
+
+
 @pytest.fixture
 def draft_writes(examples):
     """on_policy(refresh, share): the draft's own samples."""

@@ -505,14 +505,15 @@ def test_resume_is_bit_for_bit(make_head, examples, tmp_path):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_files_hold_the_head_alone(heads, tmp_path, name):
+def test_files_hold_the_head_alone(heads, tmp_path, name, monkeypatch):
     target, head = heads[name]
+    monkeypatch.setattr(head, "noise", 0.25)
     head.save_pretrained(tmp_path / "head")
     files = sorted(path.name for path in (tmp_path / "head").iterdir())
     assert files == ["eagle.json", "eagle.safetensors"]
     again = Eagle.from_pretrained(tmp_path / "head", target)
     assert again.state_dict().keys() == head.state_dict().keys()
-    assert not again.training and again.noise == head.noise
+    assert not again.training and again.noise == 0.25
     embedding = target.get_input_embeddings().weight
     assert not any(value.shape == embedding.shape for value in head.state_dict().values())
     outs = [speculative_generate(target, m, PROMPT, max_new_tokens=20) for m in (head, again)]
@@ -583,7 +584,14 @@ def test_stages_of_a_cell(target_folder, tmp_path, monkeypatch, cache_gb):
         model.base_model.register_forward_pre_hook(note, with_kwargs=True)
         return model
 
+    starts = []
+
+    def train_spy(head, *inputs, **options):
+        starts.append(head.fuse.weight.detach().clone())
+        return train(head, *inputs, **options)
+
     monkeypatch.setattr(stages, "load_model", load_model)
+    monkeypatch.setattr(eagle, "train", train_spy)
     results = []
     monkeypatch.setattr(eagle, "evaluate_drafts", lambda *evaluation: results.append(evaluation))
     settings = replace(
@@ -616,6 +624,10 @@ def test_stages_of_a_cell(target_folder, tmp_path, monkeypatch, cache_gb):
     assert records["EAGLE + AdaSPEC"]["settings"]["reference"] == reference
     assert records["EAGLE + AdaSPEC"]["settings"]["k"] == 0.4
     assert {record["settings"]["target"] for record in records.values()} == {target.fingerprint}
+    assert len(starts) == 4 and all(torch.equal(start, starts[0]) for start in starts)
+    tokens = {label: record["summary"]["loss_tokens"] for label, record in records.items()}
+    for label, k in ((labels[1], 0.4), (labels[2], 0.2)):
+        assert tokens[label] == pytest.approx(k * tokens["EAGLE"], rel=0.05)
     forwards = {}
     for record in records.values():
         forwards |= record["summary"]["target_forwards"]
