@@ -87,7 +87,11 @@ COMPARISONS: dict[str, list[Method]] = {
         Method("adaspec", k_end=1.0),
         Method("adaspec", k=1.0, k_end=0.4),
     ],
-    "data": [Method(name, data=source) for name in BOTH for source in SOURCES],
+    "data": [
+        *[Method(name, data=source) for name in BOTH for source in SOURCES],
+        METHODS["best"],
+        replace(METHODS["best"], data="target"),
+    ],
     "best": [  # every variant that best was chosen from
         Method("adaspec"),
         Method("adaspec", match="tokens"),
