@@ -154,7 +154,8 @@ def verify(p, q, drafts, usable, uniforms, relax=None):
     """How many drafts each row accepts, [B], and the target's own token after them, [B, 1].
 
     p [B, g+1, V]; q, a list of g distributions [B, V]; drafts [B, g], each drawn from its q;
-    usable [B]: how many of them a row can use; uniforms [B, g+1]; relax: f of lossy acceptance.
+    usable [B]: how many of them a row can use; uniforms [B, g+1]; relax: f of lossy acceptance, or
+    None.
     """
     g = drafts.shape[1]
     if g == 0:
@@ -166,7 +167,7 @@ def verify(p, q, drafts, usable, uniforms, relax=None):
         p_draft = relax(p_draft)
     passed = uniforms[:, :g] * q_draft < p_draft  # u < p / q without a division
     accepted = torch.minimum(passed.cumprod(1).sum(1), usable)
-    # The own token comes from norm(max(p - q, 0)) after a rejection, from p after the last draft.
+    # The own token comes from norm(max(p - q, 0)) after a rejection, else from p.
     row = torch.arange(len(drafts), device=drafts.device)
     p = p[row, accepted]
     q = q[row, accepted.clamp(max=g - 1)] * (accepted < usable)[:, None]
@@ -214,7 +215,7 @@ class Lane:
     `ready` as long as the draft must wait for a first, plain target call.
     """
 
-    ready = True  # to draft
+    ready = True  # whether it can draft
 
     def __init__(self, model, input_ids, mask=None, vocab_size=None, last_position=None):
         """input_ids [B, T]: the prompts. mask [B, T], bool: False on left padding; None = none is.
@@ -334,12 +335,12 @@ def check_sampling(
     lenience_fn="exp", seed=0,
 ) -> None:  # fmt: skip
     """Raises ValueError, in one line, for a setting that has no meaning."""
-    warm = temperature == 0 or temperature >= MIN_TEMPERATURE
+    safe = temperature == 0 or temperature >= MIN_TEMPERATURE
     for name, value, valid, expected in (
         ("gamma", gamma, gamma >= 1, "at least 1"),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, 0 <= temperature < math.inf, "finite and at least 0"),
-        ("temperature", temperature, warm, f"0 (greedy) or at least {MIN_TEMPERATURE}"),
+        ("temperature", temperature, safe, f"0 (greedy) or at least {MIN_TEMPERATURE}"),
         ("top_k", top_k, 0 <= top_k < math.inf, "finite and at least 0"),
         ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
         ("lenience", lenience, 0 < lenience <= 1, "in (0, 1]"),
@@ -441,6 +442,22 @@ def make_rows(input_ids, mask, limits: list[int]) -> list[Row]:
     return rows
 
 
+def draft_tokens(lane, tokens, g: int, uniforms, sampling):
+    """Draft g tokens [B, g], one after the other: `tokens` are fed first, what the lane's cache
+    lacks. Returns also the g distributions q [B, V] that they were drawn from; none when greedy."""
+    drafts = torch.empty(len(uniforms), 0, dtype=torch.long, device=uniforms.device)
+    q = []
+    for i in range(g):
+        logits = lane.forward(tokens)[:, -1]
+        if sampling[0] > 0:
+            q.append(distribution(logits, *sampling))
+            tokens = draw(q[-1], uniforms[:, i : i + 1])
+        else:
+            tokens = logits.argmax(-1, keepdim=True)
+        drafts = torch.cat([drafts, tokens], 1)
+    return drafts, q
+
+
 def speculative_generate(
     target, draft, input_ids, attention_mask=None, *, max_new_tokens, gamma=5, temperature=0.0,
     top_k=0, top_p=1.0, lenience=1.0, lenience_fn="exp", eos_token_id=None, generator=None,
@@ -488,6 +505,7 @@ def speculative_generate(
     vocab_size = shared_vocabulary(models, vocab_size)
     ends = end_token_list(eos_token_id)
     relax = None if lenience == 1 else partial(LENIENCE[lenience_fn], epsilon=lenience)
+    sampling = (temperature, top_k, top_p)
     device = input_ids.device
 
     rows = make_rows(input_ids, mask, limits)
@@ -498,25 +516,16 @@ def speculative_generate(
     with inference(*models):
         while active:
             # A row's last token is always the target's own: with r to go it can use r - 1 drafts.
-            most = gamma if draft is not None and draft_lane.ready else 0
-            usable = [min(most, row.limit - len(row.text) - 1) for row in active]
+            usable = [min(gamma, row.limit - len(row.text) - 1) for row in active]
+            if draft is None or not draft_lane.ready:
+                usable = [0] * len(active)
             g = max(usable)
             # The round's draws: g drafts, g tests, 1 token of the target's own; none when greedy.
             draws = (len(active), 2 * g + 1 if temperature > 0 else 0)
             uniforms = torch.rand(draws, generator=generator, device=device, dtype=torch.float64)
 
             # Draft: x_1, ..., x_g, each from its q
-            drafts = target_next[:, :0]  # [B, 0]
-            q = []
-            token = draft_next
-            for i in range(g):
-                logits = draft_lane.forward(token)[:, -1]
-                if temperature > 0:
-                    q.append(distribution(logits, temperature, top_k, top_p))
-                    token = draw(q[-1], uniforms[:, i : i + 1])
-                else:
-                    token = logits.argmax(-1, keepdim=True)
-                drafts = torch.cat([drafts, token], 1)
+            drafts, q = draft_tokens(draft_lane, draft_next, g, uniforms, sampling)
 
             # Score: p at every draft and after the last, in one target call
             logits = target_lane.forward(torch.cat([target_next, drafts], 1), keep=g + 1)
@@ -524,13 +533,15 @@ def speculative_generate(
             # Verify: accept drafts up to the first that fails, and add a token of the target's own
             limit = torch.tensor(usable, device=device)
             if temperature > 0:
-                p = distribution(logits, temperature, top_k, top_p)
-                accepted, own = verify(p, q, drafts, limit, uniforms[:, g:], relax)
+                p = distribution(logits, *sampling)
+                accepted, own_token = verify(p, q, drafts, limit, uniforms[:, g:], relax)
             else:
-                accepted, own = verify_greedy(logits, drafts, limit, relax)
-            results = torch.cat([accepted[:, None], own, drafts], 1).tolist()  # the one wait
-            for row, limit, (count, last, *drafted) in zip(active, usable, results, strict=True):
-                new = row.extend(limit, count, [*drafted[:count], last], ends)
+                accepted, own_token = verify_greedy(logits, drafts, limit, relax)
+            # the round's one wait for the device
+            results = torch.cat([accepted[:, None], own_token, drafts], 1).tolist()
+            for i, row in enumerate(active):
+                count, last, *drafted = results[i]
+                new = row.extend(usable[i], count, [*drafted[:count], last], ends)
                 if on_tokens is not None:
                     on_tokens(row.number, new, min(count, len(new)))
 
@@ -613,9 +624,9 @@ def expected_acceptance(
             q_logits = draft(context, use_cache=False, logits_to_keep=columns, **extra).logits
             rows, places = response[:, columns].nonzero(as_tuple=True)
             for row, place in zip(rows.split(512), places.split(512), strict=True):
-                p, q = (logits[row, place, :vocab_size] for logits in (p_logits, q_logits))
+                logits = [each[row, place, :vocab_size] for each in (p_logits, q_logits)]
                 tokens = ids[row, columns[place] + 1]
-                parts.append(token_acceptance(p, q, tokens, temperature, top_k, top_p))
+                parts.append(token_acceptance(*logits, tokens, temperature, top_k, top_p))
     return Acceptance(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 

@@ -168,6 +168,14 @@ def test_base_models_of_a_pretrained_pair_are_known_by_their_content(toy_setting
     assert after[0].fingerprint != before[0].fingerprint and after[1] == before[1]
 
 
+def test_models_in_training_have_float32_weights_whatever_is_computed_in(toy_cell, save_pair):
+    cell = replace(toy_cell, settings=replace(toy_cell.settings, dtype="bfloat16"))
+    for init in (Model(str(save_pair("a")[0]), "t"), SMALL):
+        plan = replace(target_plan(cell, Model("base", "b")), init=init)
+        model = stages.initial_model(cell, plan)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_base_models_from_scratch_learn_whole_rows(toy_cell, monkeypatch):
     plans = []
 

@@ -145,6 +145,28 @@ def test_the_target_as_its_own_draft_is_always_accepted(pair, examples, tokenize
         assert row["expected_acceptance"] == pytest.approx(1, abs=1e-6)
 
 
+def test_texts_end_with_the_end_token(pair, examples, tokenizer, decoding, untimed):
+    """What a padded row has after it counts nowhere."""
+    prompts = [prompt_ids(example)[None] for example in examples[:4]]
+    text = autoregressive_generate(pair[0], prompts[0], **decoding)[0, prompts[0].shape[1] :]
+    end = text[3].item()
+
+    class OtherEnd:
+        eos_token_id = end
+
+        def __len__(self):
+            return len(tokenizer)
+
+    greedy, _ = rows_of(pair, examples[:4], OtherEnd())
+    sampling = decoding | {"eos_token_id": end}
+    stats = sum(
+        (speculative_generate(*pair, prompt, gamma=4, **sampling).stats for prompt in prompts),
+        Stats(),
+    )
+    assert Stats(**greedy["counts"]) == stats and stats.generated < 4 * 16
+    assert greedy["tau_by_gamma"]["4"] == pytest.approx(stats.tau, rel=1e-12)
+
+
 def test_ranks_share_the_prompts_and_rank_0_measures_the_time(
     rows, pair, examples, tokenizer, monkeypatch
 ):

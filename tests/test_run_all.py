@@ -46,8 +46,11 @@ def run_toy(out, *methods, **changes):
 
 def train_toy(out, *methods, seed=0, **changes):
     """What the drafts' training took, by their labels: a run without evaluation."""
+
+    def costs_alone(cell, target, drafts, costs):
+        return costs
+
     cell = prepare_cell("toy", "arithmetic", seed, toy_settings(out, changes), CPU, TOY)
-    costs_alone = lambda cell, target, drafts, costs: costs  # noqa: E731
     return run_all.run_cell(cell, methods, costs_alone)
 
 
@@ -210,6 +213,18 @@ def test_a_grid_is_checked_before_its_first_cell_is_run(tmp_path, capsys):
     assert cells == []
     with pytest.raises(ValueError, match="start with torchrun"):
         run_all.run_grid(replace(settings, shard_target=True), [])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_the_autocast_type_is_the_devices_unless_given(tmp_path, dtype, expected):
+    def run(cell, methods):
+        assert cell.dtype == expected
+        return []
+
+    settings = toy_settings(tmp_path, {"dtype": dtype})
+    run_all.run_grid(settings, [], run=run, prepare=partial(prepare_cell, pairs=TOY))
 
 
 def test_seeds_can_share_a_target(tmp_path):

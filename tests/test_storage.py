@@ -302,12 +302,18 @@ def test_git_commit(monkeypatch, tmp_path):
     assert storage.git_commit() == "unknown"
 
 
-def test_command_line_and_machine(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run_all.py", "--out", "my runs"])
+def test_the_command_line_is_as_typed(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "orig_argv", ["/env/bin/python", "-m", "extras.tree", "--json", "a b"])
+    assert storage.command_line() == "python -m extras.tree --json 'a b'"
+    command = ["/env/bin/python", "-u", "run_all.py", "--out", "my runs"]  # -u is torchrun's
+    monkeypatch.setattr(sys, "orig_argv", command)
+    monkeypatch.setattr(storage, "world_size", lambda: 8)
     assert storage.command_line() == "python run_all.py --out 'my runs'"
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(storage, "world_size", lambda: 8)
     assert storage.command_line() == "torchrun --nproc_per_node 8 run_all.py --out 'my runs'"
+
+
+def test_versions_and_machine():
     assert re.fullmatch(r"\d+ x .+", storage.machine())
     assert storage.versions()["torch"] == torch.__version__

@@ -50,7 +50,7 @@ def test_all_comparisons_are_there_and_their_drafts_differ():
     counts = {name: len(methods) for name, methods in COMPARISONS.items()}
     assert counts == {
         "selection": 3, "k": 10, "divergence": 8, "fine-tuning": 5, "reference": 5, "epochs": 10,
-        "match": 4, "adaptive": 5, "data": 8, "best": 23, "mixed": 6, "grid": 7,
+        "match": 4, "adaptive": 5, "data": 10, "best": 23, "mixed": 6, "grid": 7,
     }  # fmt: skip
     for name, methods in COMPARISONS.items():
         assert len({method.label for method in methods}) == len(methods), name
@@ -96,7 +96,8 @@ def test_labels_are_those_of_recorded_results():
         "AdaSPEC k=1.0 k_end=0.4",
     ]
     assert labels["data"][4:] == [
-        "AdaSPEC", "AdaSPEC data=target", "AdaSPEC data=on-policy", "AdaSPEC data=mixed"
+        "AdaSPEC", "AdaSPEC data=target", "AdaSPEC data=on-policy", "AdaSPEC data=mixed",
+        "best", "best data=target",
     ]  # fmt: skip
     assert labels["mixed"] == [
         "DistillSpec rows=first", "AdaSPEC rows=first", "DistillSpec rows=in-turn",
