@@ -20,8 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["adaspec_loss", "gather_gaps", "response_tokens", "select_tokens", "token_kl"]
-
 LOG_ZERO = -1e30  # finite, so that 0 * log 0 is 0, and small enough to be summed over many tokens
 
 

@@ -185,8 +185,9 @@ def check_cell(cell: Cell, methods: list[Method]) -> None:
     tokens = sum(len(e.input_ids) - e.prompt_length for e in cell.examples)
     width = cell.models[0].get_output_embeddings().weight.shape[1]
     cache = tokens * width * cell.dtype.itemsize / 2**30
+    cached = sum(path.stat().st_size for path in cell.folder.glob("cache/*/*.bin")) / 2**30
     free = shutil.disk_usage(settings.out).free / 2**30
-    if free < cache <= settings.cache_gb:
+    if free + cached < cache <= settings.cache_gb:
         raise ValueError(
             f"{cell.task}: the target's cached states take {cache:.3f} GiB, and --out "
             f"{settings.out} has {free:.3f} free; make room, or lower --cache-gb"
@@ -201,7 +202,7 @@ def base_models(cell: Cell) -> tuple[Model, Model | None]:
     if not isinstance(cell.pair.target, dict):
         folder = Path(cell.settings.out)
         models = [Model(name, model_identity(name, folder)) for name in cell.model_names]
-        return models[0], models[-1]
+        return models[0], models[1] if cell.pair.draft else None
     target = pretrained(cell, "base-target", cell.pair.target, cell.target_seed)
     draft = cell.pair.draft and pretrained(cell, "base-draft", cell.pair.draft, cell.seed)
     return target, draft

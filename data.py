@@ -24,11 +24,6 @@ from adaspec import response_positions
 from arithmetic import arithmetic_rows
 from storage import fingerprint, is_whole, write_checked
 
-__all__ = [
-    "TASKS", "Example", "all_tokens", "batches", "collate", "digest", "encode", "encode_once",
-    "load_rows", "prompt_ids", "read_examples", "train_tokenizer", "write_examples",
-]  # fmt: skip
-
 HELD_OUT = 500  # rows (a tenth at most) carved off train's end for each split that is missing
 
 
@@ -134,7 +129,7 @@ def load_rows(
     if split != "train" and split not in missing:
         return _read(task, split, data_dir, limit)
 
-    rows = _read(task, "train", data_dir)
+    rows = _read(task, "train", data_dir, None if missing else limit)
     size = min(HELD_OUT, len(rows) // 10)
     if split != "train" and not size:
         raise ValueError(

@@ -55,7 +55,7 @@ def evaluate(
     bar = progress(2 * (len(groups) + len(timed)), name, "batch")
     rows = []
     for temperature in (0.0, 1.0):
-        records = {label: [] for label in drafts}  # this rank's, one a prompt
+        records = {label: {} for label in drafts}  # this rank's, by group of prompts
         for number, group in enumerate(groups):
             check_stop()
             bar.update()
@@ -65,14 +65,15 @@ def evaluate(
             sampling = decoding | {"temperature": temperature}
             new = decode_group(target, drafts, group, settings.gamma, sampling, group_seed)
             for label, group_records in new.items():
-                records[label] += group_records
+                records[label][number] = group_records
         parts = gather_objects(records)
         speeds, costs = {}, {}
         if rank() == 0:
             sampling = decoding | {"temperature": temperature}
             speeds, costs = timings(target, drafts, timed, settings.gamma, sampling, seed, bar)
         for label, draft in drafts.items():
-            all_records = [record for part in parts for record in part[label]]
+            by_group = {number: group for part in parts for number, group in part[label].items()}
+            all_records = [record for number in range(len(groups)) for record in by_group[number]]
             row = {"temperature": temperature, "draft": label}
             row |= acceptance_row(all_records)
             if not hasattr(draft, "lanes"):  # an EAGLE head's later drafts hang on its own guesses

@@ -9,11 +9,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-__all__ = [
-    "Stopped", "check_stop", "from_rank_0", "gather_objects", "leave", "progress", "rank", "say",
-    "setup", "stop_on_signals", "stop_requested", "world_size",
-]  # fmt: skip
-
 
 def setup() -> torch.device:
     """Join torchrun's process group, if there is one (NCCL on GPUs, gloo on CPU); returns this
@@ -101,7 +96,7 @@ def progress(total: int, name: str, unit: str, initial: int = 0) -> tqdm:
 
 
 class Stopped(Exception):
-    """A signal has asked the run to stop, and what was done so far is on the disk."""
+    """A signal has asked the run to stop, and what can be gone on from is on the disk."""
 
 
 stop_signal: signal.Signals | None = None

@@ -14,9 +14,10 @@ import interrupt  # noqa: F401 -- first: it makes Ctrl-C during the other import
 # isort: split
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import datasets
@@ -24,7 +25,15 @@ import torch.distributed as dist
 import transformers
 
 import storage
-from cells import base_models, check_cell, draft_plan, prepare_cell, reference_method, target_plan
+from cells import (
+    Cell,
+    base_models,
+    check_cell,
+    draft_plan,
+    prepare_cell,
+    reference_method,
+    target_plan,
+)
 from cli import Parser, add_flags, run_command
 from data import digest
 from evaluate import evaluate
@@ -69,8 +78,8 @@ def run_cell(cell, methods: Sequence[Method], evaluation: Callable | None = None
 def evaluate_drafts(
     cell, target: Model, drafts: dict, costs: dict, load: Callable = load_model
 ) -> list[dict]:
-    """The drafts' rows of the table. Each draft's are a file, named by its label and the protocol:
-    used again if target, draft and prompts are the same, and replaced if not."""
+    """The drafts' rows of the table. The rows of each draft are a file, named by its label and the
+    protocol: used again if target, draft and prompts are the same, and replaced if not."""
     folder = cell.folder / "evaluations"
     protocol = evaluation_protocol(cell)
     rows, paths, subjects = {}, {}, {}
@@ -150,21 +159,24 @@ def write_results(out: str, started: float) -> None:
 
 
 def main(argv=None) -> None:
+    """Run the grid that the command line asks for. Raises ValueError, in one line, for what cannot
+    work, before anything is trained."""
     parser = Parser(prog="run_all.py", description=__doc__)
     add_flags(parser, Settings)
     add_flags(parser, Method)
     settings, methods = parse_settings(parser, argv)
-    run_grid(settings, methods)
+    rows = []
+    for cell in checked_cells(settings, methods):
+        rows += run_cell(cell, methods)
+    print_tables(rows, settings.out)
     leave()
 
 
-def run_grid(
-    settings: Settings,
-    methods: Sequence[Method],
-    run: Callable = run_cell,
-    prepare: Callable = prepare_cell,
-) -> list[dict]:
-    """Check every cell before the first is run, run them all, print the table; returns its rows."""
+def checked_cells(
+    settings: Settings, methods: Sequence[Method], prepare: Callable = prepare_cell
+) -> Iterator[Cell]:
+    """Join the ranks, check every cell of the grid, then give one after the other to be run; after
+    each of them results.json is written. (Studies prepare cells of their own.)"""
     started = time.time()
     device = setup()
     default_dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -172,25 +184,23 @@ def run_grid(
     quiet_libraries()
     if settings.shard_target and not dist.is_initialized():
         raise ValueError("--shard-target spreads the target over ranks: start with torchrun")
-    rows = []
     with storage.lock(Path(settings.out)) if rank() == 0 else nullcontext():
         from_rank_0()  # the folder is there
         say("Plan")
-        for pair in settings.pairs:
-            for task in settings.tasks:  # seeds differ in nothing that is checked
-                cell = prepare(pair, task, settings.seeds[0], settings, device)
-                check_cell(cell, methods)
-                say(cell.plan)
-        for pair in settings.pairs:
-            for task in settings.tasks:
-                for seed in settings.seeds:
-                    cell = prepare(pair, task, seed, settings, device)
-                    rows += run(cell, methods)
-                    if rank() == 0:
-                        write_results(settings.out, started)
+        for pair, task in product(settings.pairs, settings.tasks):
+            # seeds differ in nothing that is checked
+            cell = prepare(pair, task, settings.seeds[0], settings, device)
+            check_cell(cell, methods)
+            say(cell.plan)
+        for pair, task, seed in product(settings.pairs, settings.tasks, settings.seeds):
+            yield prepare(pair, task, seed, settings, device)
+            if rank() == 0:
+                write_results(settings.out, started)
+
+
+def print_tables(rows: list[dict], out: str) -> None:
     say(f"\n{table(rows)}\n{over_seeds(rows)}")
-    say(f"Results: {settings.out}/results.json; models: {cell.folder.parent}/seed<n>/")
-    return rows
+    say(f"Results: {out}/results.json; models: {out}/<pair>/<task>/seed<n>/")
 
 
 def quiet_libraries() -> None:

@@ -263,6 +263,8 @@ def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Setti
     methods = []
     for name in settings.methods:
         method = METHODS[name]
+        if name == "best" and settings.batch:
+            method = replace(method, batch=settings.batch)
         if name != "best":
             method = replace(method, divergence=arguments["divergence"], data=arguments["data"])
         if name == "adaspec":

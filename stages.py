@@ -44,7 +44,8 @@ def fit(
 ) -> Model:
     """Train a stage by `step`, or find it finished.
 
-    It lies in the folder of its seed, which is the cell's but for a target that seeds share.
+    Its folder is under the plan's seed, which differs from the cell's only for a target that is
+    shared by all seeds.
     """
     folder = cell.folder.with_name(f"seed{plan.seed}") / plan.name
     settings = stage_settings(cell, plan, target, reference)

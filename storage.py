@@ -62,7 +62,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         RuntimeError,
         SafetensorError,
     ) as error:  # torch and safetensors have their own
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(f"cannot write {path}: {error} ({free:,.0f} MiB free there)") from error
 

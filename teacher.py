@@ -64,14 +64,17 @@ class ReferenceLoss:
         self.cache: TokenCache | None = None
 
     def losses(self, batch: Batch) -> Tensor:
+        """[N], float32."""
         if self.cache:
             return self.cache.read(batch).squeeze(1)
         signal, loss = token_loss(self.name, self.target, batch)
         return self.reference.head.token_losses(self.reference.hidden(batch), signal, loss)
 
     def use(self, cache: "TokenCache", device: torch.device, name: str) -> None:
+        """Answer from `cache` from now on, filled first where need be; the models are let go."""
         cache.fill(self.losses, device, name)
         self.cache = cache
+        self.reference = self.target = None
 
 
 class TokenCache:
@@ -123,9 +126,8 @@ class TokenCache:
             turn = missing[start : start + world_size()]
             # as many forwards on every rank: with its layers spread over ranks a model needs all
             number = turn[rank()] if rank() < len(turn) else None
-            values = self._compute(
-                self.blocks[turn[0] if number is None else number], compute, device, bar
-            )
+            rows = self.blocks[turn[0] if number is None else number]
+            values = self._compute(rows, compute, device, bar)
             if number is not None:
                 content = values.view(torch.uint8).numpy()
                 write_checked(self.path(number), lambda file, content=content: file.write(content))

@@ -12,10 +12,10 @@ Right-padded batches need no attention mask, since causal attention never looks 
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from signal import SIGTERM
 
 import torch
 import torch.distributed as dist
@@ -72,7 +72,7 @@ def adaspec_step(student, batch: Batch, target, reference, method):
 SELECTIONS = {  # what is ranked in the gap's place; all but "top" are controls
     "top": lambda gap: gap,
     "bottom": lambda gap: -gap,
-    "random": lambda gap: gap * 0 + torch.rand_like(gap),
+    "random": lambda gap: gap * 0 + torch.rand_like(gap),  # gap * 0 keeps a NaN a NaN
 }
 
 
@@ -214,7 +214,14 @@ def train(
         # the same constant on all ranks keeps the summed loss small enough for float16
         scale = 1.0 / sum(lengths[row] for row in rows)
         sums = torch.zeros(4, dtype=torch.float64, device=device)
-        sums[:2] = accumulate(student, micro, step, step_inputs, dtype, scaler, scale)
+        for i, batch in enumerate(micro):
+            last = i == len(micro) - 1  # which averages the gradients over ranks
+            with nullcontext() if last else student.without_sync():
+                with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
+                    loss, count = step(student, batch, *step_inputs)
+                scaler.scale(loss * scale).backward()
+            sums[0] += loss.detach()
+            sums[1] += count
 
         # over all ranks: summed loss, its tokens, who wants to save, who wants to stop
         sums[2] = rank() == 0 and time.monotonic() - saved > 60 * save_minutes
@@ -231,8 +238,11 @@ def train(
         norm = nn.utils.clip_grad_norm_(weights, clip)
         # the one wait of the step for the device
         total, count, due, stop, norm = torch.stack([*sums, norm.double()]).tolist()
-        where = f"step {number + 1} (epoch {epoch + 1}, rows {sorted(rows)} of those kept)"
-        check_finite(total, norm, scaler.is_enabled(), f"{name}: ", f" is not finite in {where}")
+        location = f"step {number + 1} (epoch {epoch + 1}, rows {sorted(rows)} of those kept)"
+        if not math.isfinite(total):
+            raise NonFiniteError(f"{name}: loss is not finite in {location}")
+        if not (math.isfinite(norm) or scaler.is_enabled()):
+            raise NonFiniteError(f"{name}: gradient norm is not finite in {location}")
 
         # the optimiser's step
         for group in optimizer.param_groups:
@@ -245,13 +255,8 @@ def train(
             )
 
         # what it did
-        summary["steps"] += 1
-        summary["skipped_steps"] += skipped
-        summary["rows"] += len(rows)
-        summary["tokens"] += sum(lengths[row] for row in rows)
-        summary["loss_tokens"] += int(count)
-        summary["loss"] = total / max(count, 1)
         summary["seconds"] = time.perf_counter() - started
+        state.record(rows, sum(lengths[row] for row in rows), total, int(count), skipped)
         speed = summary["tokens"] / summary["seconds"]
         bar.set_postfix_str(f"loss {summary['loss']:.4f}, {speed:,.0f} tok/s", refresh=False)
         bar.update()
@@ -261,7 +266,7 @@ def train(
             state.save()
             saved = time.monotonic()
             if stop:
-                raise ranks.Stopped((ranks.stop_requested() or signal.SIGTERM).name)
+                raise ranks.Stopped((ranks.stop_requested() or SIGTERM).name)
 
     bar.close()
     if not all(torch.stack([p.detach().isfinite().all() for p in weights]).tolist()):
@@ -284,8 +289,8 @@ def make_schedule(
     """(epoch, row numbers) of every optimiser step. Raises ValueError where a batch has fewer rows
     than there are ranks."""
     schedule = []
-    for epoch in range(epochs):
-        for rows in batches(lengths, batch_size, seed, epoch, world_size()) if lengths else []:
+    for epoch in range(epochs if lengths else 0):
+        for rows in batches(lengths, batch_size, seed, epoch, world_size()):
             schedule.append((epoch, rows))
     if not schedule or min(len(rows) for _, rows in schedule) < world_size():
         raise ValueError(
@@ -302,29 +307,6 @@ def make_optimizer(weights: list[Tensor], lr: float, weight_decay: float) -> tor
         {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
-
-
-def accumulate(
-    student: Student,
-    micro: list[Batch],
-    step: Callable,
-    step_inputs,
-    dtype: str,
-    scaler,
-    scale: float,
-) -> Tensor:
-    """Forward and backward of the micro-batches, of which the last one averages the gradients over
-    ranks; returns [summed loss, its tokens]."""
-    sums = torch.zeros(2, dtype=torch.float64, device=micro[0].input_ids.device)
-    for i, batch in enumerate(micro):
-        last = i == len(micro) - 1
-        with nullcontext() if last else student.without_sync():
-            with torch.autocast(sums.device.type, DTYPES[dtype], enabled=dtype != "float32"):
-                loss, count = step(student, batch, *step_inputs)
-            scaler.scale(loss * scale).backward()
-        sums[0] += loss.detach()
-        sums[1] += count
-    return sums
 
 
 def scaled_step(optimizer, scaler) -> bool:
@@ -347,14 +329,6 @@ def write_coming(on_policy, model: nn.Module, coming: list[list[int]], number: i
     return {row: example for part in parts for row, example in part.items()}
 
 
-def check_finite(total: float, norm: float, scaled: bool, prefix: str, suffix: str) -> None:
-    """Raises NonFiniteError for a loss, or a gradient norm that no GradScaler watches over."""
-    if not math.isfinite(total):
-        raise NonFiniteError(f"{prefix}loss{suffix}")
-    if not (math.isfinite(norm) or scaled):
-        raise NonFiniteError(f"{prefix}gradient norm{suffix}")
-
-
 class State:
     """All that an unfinished stage goes on from: weights, optimiser, loss scale, the summary so
     far, the generators of dropout, and the responses that the draft has written."""
@@ -367,6 +341,15 @@ class State:
         self.written: dict[int, Example] = {}
         self.summary = dict.fromkeys(("steps", "skipped_steps", "rows", "tokens", "loss_tokens"), 0)
         self.summary |= {"loss": math.nan, "seconds": 0.0}
+
+    def record(self, rows: list[int], tokens: int, loss: float, count: int, skipped: bool) -> None:
+        """Count a step: its rows and tokens, its summed loss and the tokens in that."""
+        self.summary["steps"] += 1
+        self.summary["skipped_steps"] += skipped
+        self.summary["rows"] += len(rows)
+        self.summary["tokens"] += tokens
+        self.summary["loss_tokens"] += count
+        self.summary["loss"] = loss / max(count, 1)
 
     def use_written(self, written: dict[int, Example]) -> None:
         """Train on the rows that the draft has written, and on the others as they were given."""

@@ -33,7 +33,7 @@ from evaluate import timings
 from extras.analysis import FinishedCell, cell_correlations
 from models import load_model
 from ranks import from_rank_0, leave, progress, rank, say
-from run_all import evaluate_drafts, evaluation_path, run_cell, run_grid
+from run_all import checked_cells, evaluate_drafts, evaluation_path, print_tables, run_cell
 from settings import METHODS, SOURCES, Method, Settings, parse_settings
 from stages import Plan, fit, training_cost
 from storage import Model
@@ -180,10 +180,6 @@ class AblationSettings(StudySettings):
 
 
 # The evaluation, with the columns that studies add
-
-
-def run_variants(cell: Cell, methods: Sequence[Method]) -> list[dict]:
-    return run_cell(cell, methods, evaluate_variants)
 
 
 def evaluate_variants(cell: Cell, target: Model, drafts: dict, costs: dict) -> list[dict]:
@@ -347,10 +343,14 @@ def parse_arguments(argv) -> tuple[AblationSettings, list[Method]]:
 
 def main(argv=None) -> None:
     settings, methods = parse_arguments(argv)
+    rows = []
     if settings.comparison == "mixed":
-        run_grid(settings, methods, run_mixed, prepare_mixed)
+        for cell in checked_cells(settings, methods, prepare_mixed):
+            rows += run_mixed(cell, methods)
     else:
-        run_grid(settings, methods, run_variants)
+        for cell in checked_cells(settings, methods):
+            rows += run_cell(cell, methods, evaluate_variants)
+    print_tables(rows, settings.out)
     leave()
 
 

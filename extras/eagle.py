@@ -49,7 +49,7 @@ from extras.tree import TreeLane
 from head import Head
 from models import load_model
 from ranks import gather_objects, leave, rank, say, world_size
-from run_all import evaluate_drafts, run_grid
+from run_all import checked_cells, evaluate_drafts, print_tables
 from settings import PAIRS as MODEL_PAIRS
 from settings import PRESETS, Method, Pair, Settings, parse_settings
 from speculative import Lane, takes_positions
@@ -556,7 +556,10 @@ def parse_arguments(argv) -> tuple[EagleSettings, list[Method]]:
 
 def main(argv=None) -> None:
     settings, methods = parse_arguments(argv)
-    rows = run_grid(settings, methods, run_heads, prepare_head)
+    rows = []
+    for cell in checked_cells(settings, methods, prepare_head):
+        rows += run_heads(cell, methods)
+    print_tables(rows, settings.out)
     say(eagle_table(rows))
     leave()
 

@@ -38,10 +38,19 @@ def toy_settings(out, changes):
     return Settings(**flags | {"out": str(out)} | changes)
 
 
+def run_grid(settings, methods, run=run_all.run_cell, prepare=prepare_cell):
+    """As run_all.main, from settings."""
+    rows = []
+    for cell in run_all.checked_cells(settings, methods, prepare):
+        rows += run(cell, methods)
+    run_all.print_tables(rows, settings.out)
+    return rows
+
+
 def run_toy(out, *methods, **changes):
     """The rows of a run of a tiny pair on the offline task."""
     settings = toy_settings(out, changes)
-    return run_all.run_grid(settings, methods, prepare=partial(prepare_cell, pairs=TOY))
+    return run_grid(settings, methods, prepare=partial(prepare_cell, pairs=TOY))
 
 
 def train_toy(out, *methods, seed=0, **changes):
@@ -198,7 +207,7 @@ def test_a_grid_is_checked_before_its_first_cell_is_run(tmp_path, capsys):
     flags = {"data_dir": str(tmp_path), "seeds": (0, 7), "limit": 20, "max_new_tokens": 8}
     flags |= {"eval_prompts": 2, "max_length": 128, "out": str(tmp_path / "out")}
     settings = Settings(tasks=("gsm8k", "arithmetic"), pairs=("tiny", "tiny-wide"), **flags)
-    run_all.run_grid(settings, [METHODS["best"]], run=run)
+    run_grid(settings, [METHODS["best"]], run=run)
     grid = [(pair, task) for pair in settings.pairs for task in settings.tasks]
     assert cells == [(*cell, seed) for cell in grid for seed in (0, 7)]
     plan = capsys.readouterr().out.splitlines()
@@ -209,10 +218,10 @@ def test_a_grid_is_checked_before_its_first_cell_is_run(tmp_path, capsys):
     cells.clear()
     settings = replace(settings, tasks=("gsm8k", "mbpp"))
     with pytest.raises(FileNotFoundError, match=r"mbpp.train\.jsonl does not exist"):
-        run_all.run_grid(settings, [METHODS["best"]], run=run)
+        run_grid(settings, [METHODS["best"]], run=run)
     assert cells == []
     with pytest.raises(ValueError, match="start with torchrun"):
-        run_all.run_grid(replace(settings, shard_target=True), [])
+        run_grid(replace(settings, shard_target=True), [])
 
 
 @pytest.mark.parametrize(
@@ -224,7 +233,7 @@ def test_the_autocast_type_is_the_devices_unless_given(tmp_path, dtype, expected
         return []
 
     settings = toy_settings(tmp_path, {"dtype": dtype})
-    run_all.run_grid(settings, [], run=run, prepare=partial(prepare_cell, pairs=TOY))
+    run_grid(settings, [], run=run, prepare=partial(prepare_cell, pairs=TOY))
 
 
 def test_seeds_can_share_a_target(tmp_path):
