@@ -130,7 +130,8 @@ class Parser(argparse.ArgumentParser):
 def with_default(arguments: dict) -> dict:
     """The arguments of add_argument, with the default said in the help."""
     default = arguments.get("default")
-    if default in (None, False, argparse.SUPPRESS) or "help" not in arguments:
+    hidden = default is None or default is False or default == argparse.SUPPRESS
+    if hidden or "help" not in arguments:
         return arguments
     return arguments | {"help": f"{arguments['help']} (default: {default})"}
 

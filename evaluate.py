@@ -73,7 +73,7 @@ def evaluate(
             speeds, costs = timings(target, drafts, timed, settings.gamma, sampling, seed, bar)
         for label, draft in drafts.items():
             by_group = {number: group for part in parts for number, group in part[label].items()}
-            all_records = [record for number in range(len(groups)) for record in by_group[number]]
+            all_records = [record for number in sorted(by_group) for record in by_group[number]]
             row = {"temperature": temperature, "draft": label}
             row |= acceptance_row(all_records)
             if not hasattr(draft, "lanes"):  # an EAGLE head's later drafts hang on its own guesses

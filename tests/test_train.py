@@ -120,7 +120,7 @@ def test_adaspec_step_is_adaspec_loss(make_model, examples):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
     plain_adamw(draft).step()
-    torch.testing.assert_close(weights(trained), weights(draft), rtol=0, atol=2e-6)
+    torch.testing.assert_close(weights(trained), weights(draft), rtol=0, atol=5e-6)
     assert summary["loss"] == pytest.approx(loss.item(), rel=1e-5)
     tokens = int((labels[:, 1:] != -100).sum())
     assert summary["loss_tokens"] == pytest.approx(0.4 * tokens, abs=1)
