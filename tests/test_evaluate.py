@@ -176,7 +176,7 @@ def test_ranks_share_the_prompts_and_rank_0_measures_the_time(
     for number in (0, 1):
 
         def gather(records):
-            sizes.append(len(records["noisy"]))
+            sizes.append(sum(len(group) for group in records["noisy"].values()))
             return [records]
 
         monkeypatch.setattr(module, "rank", lambda number=number: number)
