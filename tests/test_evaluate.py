@@ -189,6 +189,26 @@ def test_ranks_share_the_prompts_and_rank_0_measures_the_time(
         assert second["cost_ratio"] is None
 
 
+def test_the_rows_of_two_ranks_are_those_of_one(pair, examples, tokenizer, untimed, monkeypatch):
+    """To the interval's last digit, which hangs on the order of the prompts."""
+    settings = replace(SETTINGS, eval_batch=2)  # three groups: the first and the last are rank 0's
+    whole = rows_of(pair, examples[:6], tokenizer, settings)
+    monkeypatch.setattr(module, "world_size", lambda: 2)
+    parts = []  # rank 1's, by temperature
+
+    def gather(records):
+        if module.rank() == 1:
+            parts.append(records)
+            return [records]
+        return [records, parts.pop(0)]
+
+    monkeypatch.setattr(module, "gather_objects", gather)
+    for number in (1, 0):
+        monkeypatch.setattr(module, "rank", lambda number=number: number)
+        rows = rows_of(pair, examples[:6], tokenizer, settings)
+    assert rows == whole
+
+
 def test_a_head_that_takes_no_step_alone_has_no_cost_of_one(pair, examples, tokenizer):
     """EAGLE heads have `lanes`; their later drafts hang on their own guesses, so that no tau can be
     told for other gammas."""
