@@ -13,6 +13,9 @@ batches, counts what it does, needs torch and transformers' cache class: copy th
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401 -- Ctrl-C during the imports below is one line
+
 import inspect
 import json
 import math
