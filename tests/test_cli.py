@@ -283,6 +283,8 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        # a shell's background job ignores Ctrl-C, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
