@@ -172,12 +172,14 @@ def let_rank_0_speak_first() -> None:
             time.sleep(0.1)
 
 
-def run_command(main: Callable[[], int | None], prog: str) -> None:
+def run_command(main: Callable[[], int | None], prog: str, resumes: bool = False) -> None:
     """Run `main` and end the process, with what can go wrong said in one line: exit code 130 after
-    Ctrl-C, 143 after SIGTERM, 1 after an error."""
+    Ctrl-C, 143 after SIGTERM, 1 after an error. A command that `resumes` is not interrupted by a
+    signal but asked to stop where it has saved its state (ranks.check_stop)."""
     if "RANK" in os.environ:
         prog = f"{prog} (rank {os.environ['RANK']})"
-    ranks.stop_on_signals()
+    if resumes:
+        ranks.stop_on_signals()
     code, message = 0, None
     try:
         code = main() or 0
@@ -186,7 +188,9 @@ def run_command(main: Callable[[], int | None], prog: str) -> None:
     except (ranks.Stopped, KeyboardInterrupt) as stopped:
         name = str(stopped) or "SIGINT"
         code = 128 + signal.Signals[name]
-        message = f"stopped by {name}; the same command goes on from the saved state"
+        message = f"stopped by {name}"
+        if resumes:
+            message += "; the same command goes on from the saved state"
     except (ValueError, OSError, ArithmeticError) as error:
         code, message = 1, f"error: {printable(str(error))}"
         let_rank_0_speak_first()

@@ -211,4 +211,4 @@ def quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "run_all.py")
+    run_command(main, "run_all.py", resumes=True)

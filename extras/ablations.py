@@ -355,4 +355,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "extras.ablations")
+    run_command(main, "extras.ablations", resumes=True)

@@ -565,4 +565,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "extras.eagle")
+    run_command(main, "extras.eagle", resumes=True)

@@ -199,7 +199,7 @@ def ended(monkeypatch):
 
     def run(main, prog="x.py"):
         with pytest.raises(Ended) as end:
-            cli.run_command(main, prog)
+            cli.run_command(main, prog, resumes=True)
         return end.value.args[0]
 
     return run
@@ -229,6 +229,24 @@ def test_a_process_ends_with_one_line_and_a_code(error, code, message, ended, ca
     assert ended(raising(error)) == code
     err = capsys.readouterr().err
     assert err.startswith(message) and err.count("\n") == (1 if message else 0)
+
+
+def test_ctrl_c_ends_a_command_that_saves_nothing():
+    """At once, and without a word of a saved state; such commands ignored it to their end."""
+    source = "import cli, time\ndef main():\n    print('on', flush=True)\n    time.sleep(60)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", source + "cli.run_command(main, 'x.py')"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        # a shell's background job ignores Ctrl-C, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == "on\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == "x.py: stopped by SIGINT\n"
 
 
 def test_exit_codes_of_what_ends_well(ended, capsys):
