@@ -171,11 +171,17 @@ def check_tokenizers(target_tokenizer, draft_tokenizer) -> None:
             raise ValueError(f"the tokenizers differ: {tokens}")
 
 
+def common_tokenizer(target: str, draft: str):
+    """The target's tokenizer. Raises ValueError where the draft's differs."""
+    tokenizer = load_tokenizer(target)
+    check_tokenizers(tokenizer, load_tokenizer(draft))
+    return tokenizer
+
+
 def shared_tokenizer(target: str, draft: str):
     """The pair's tokenizer. Raises ValueError where the two disagree, naming the first token that
     differs, and where it has no end token."""
-    tokenizer = load_tokenizer(target)
-    check_tokenizers(tokenizer, load_tokenizer(draft))
+    tokenizer = common_tokenizer(target, draft)
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         missing = "an end token (eos_token) and a tokenizer.json"
         raise ValueError(f"the tokenizer of {target} needs {missing}")
@@ -186,8 +192,7 @@ def load_pair(target: str, draft: str, dtype=torch.float32, device="cpu"):
     """Target, draft and their tokenizer, all checked before the first is loaded."""
     for name in (target, draft):
         check_model(name)
-    tokenizer = load_tokenizer(target)
-    check_tokenizers(tokenizer, load_tokenizer(draft))
+    tokenizer = common_tokenizer(target, draft)
     return load_model(target, dtype, device), load_model(draft, dtype, device), tokenizer
 
 

@@ -92,15 +92,7 @@ def evaluate_drafts(
             rows[label] = record["rows"]
     missing = {label: draft for label, draft in drafts.items() if label not in rows}
     if missing:
-        networks = {
-            label: load(draft.path, cell.dtype, cell.device) for label, draft in missing.items()
-        }
-        network = load(target.path, cell.dtype, cell.device)
-        name = f"{cell.task} evaluation"
-        measured = evaluate(
-            network, networks, cell.test, cell.tokenizer, cell.settings, cell.seed, name
-        )
-        measured = from_rank_0(measured)  # rank 0's have the timings
+        measured = measure_drafts(cell, target, missing, load)
         for label in missing:
             rows[label] = [
                 protocol | row | costs.get(label, {}) for row in measured if row["draft"] == label
@@ -112,6 +104,15 @@ def evaluate_drafts(
                 storage.write_json(paths[label], record)
     by_temperature = zip(*(rows[label] for label in drafts), strict=True)
     return [row for temperature in by_temperature for row in temperature]
+
+
+def measure_drafts(cell, target: Model, drafts: dict, load: Callable) -> list[dict]:
+    """Load the models and evaluate them on the held-out rows."""
+    network = load(target.path, cell.dtype, cell.device)
+    networks = {label: load(draft.path, cell.dtype, cell.device) for label, draft in drafts.items()}
+    name = f"{cell.task} evaluation"
+    rows = evaluate(network, networks, cell.test, cell.tokenizer, cell.settings, cell.seed, name)
+    return from_rank_0(rows)  # rank 0's have the timings
 
 
 def evaluation_path(cell, label: str) -> Path:

@@ -142,9 +142,10 @@ def response_source(cell, plan: Plan) -> list:
 def open_target(cell, plan: Plan, target: Model) -> Frozen | None:
     """The target, its hidden states in a cache where rows are fixed and it fits; None where the
     losses do without it."""
-    if plan.method.divergence == "ce" and (
-        plan.method.name != "adaspec" or plan.method.gap == "ce"
-    ):
+    losses = {plan.method.divergence}
+    if plan.method.name == "adaspec":
+        losses.add(plan.method.gap)
+    if losses == {"ce"}:
         return None
     teacher = Frozen(load_model(target.path, cell.dtype, cell.device), len(cell.tokenizer))
     if cell.settings.shard_target:

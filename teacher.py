@@ -37,15 +37,18 @@ class Frozen:
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
-        """[N, d], from the cache if there is one, else computed once a batch."""
-        if self.cache:
-            return self.cache.read(batch)
-        if self.last_batch is not batch:
-            # no autocast: the weights have the training dtype already
-            with torch.autocast(batch.input_ids.device.type, enabled=False):
-                self.last_hidden = hidden_states(self.model, batch)
+        """[N, d], once a batch: from the cache if there is one, else computed."""
+        if self.last_batch is not batch:  # gap and loss ask for the same batch
+            self.last_hidden = self._read_or_compute(batch)
             self.last_batch = batch
         return self.last_hidden
+
+    def _read_or_compute(self, batch: Batch) -> Tensor:
+        if self.cache:
+            return self.cache.read(batch)
+        # no autocast: the weights have the training dtype already
+        with torch.autocast(batch.input_ids.device.type, enabled=False):
+            return hidden_states(self.model, batch)
 
     def use(self, cache: "TokenCache", name: str) -> None:
         """Answer from `cache` from now on, filled first where need be; the trunk is let go."""

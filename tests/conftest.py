@@ -10,6 +10,7 @@ import torch
 
 import data
 import ranks
+from cli import run_command
 
 
 @pytest.fixture(scope="session")
@@ -96,3 +97,25 @@ def run_copy(finished_run, tmp_path):
 def no_stop_signal(monkeypatch):
     """No test is stopped by the signal that another one has sent."""
     monkeypatch.setattr(ranks, "stop_signal", None)
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.fixture
+def exit_code(monkeypatch):
+    """exit_code(main, prog, ...): that of cli.run_command, in this process."""
+
+    def leave(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(ranks, "stop_on_signals", lambda: None)
+
+    def run(main, prog, **options):
+        with pytest.raises(Ended) as end:
+            run_command(main, prog, **options)
+        return end.value.args[0]
+
+    return run

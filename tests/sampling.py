@@ -57,6 +57,16 @@ def noised(model, scale=0.15, seed=1):
     return draft
 
 
+def noisy(model, scale, seed=0):
+    """A copy with noise of one size in all weights: some of its drafts are accepted, some not."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights += scale * torch.randn_like(weights)
+    return model
+
+
 def biased(model, bias):
     """A Phi model with the output bias given."""
     model = copy.deepcopy(model)

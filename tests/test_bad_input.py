@@ -28,10 +28,8 @@ from transformers import (
 )
 
 import data
-import ranks
 import run_all
 import speculative
-from cli import run_command
 
 ROOT = Path(run_all.__file__).parent
 
@@ -157,25 +155,13 @@ def world(tmp_path_factory, tokenizer):
     return folder
 
 
-class Ended(Exception):
-    pass
-
-
 @pytest.fixture
-def call(monkeypatch):
+def call(exit_code, monkeypatch):
     """call(module, argv): the exit code of a command line, in this process."""
-
-    def leave(code):
-        raise Ended(code)
-
-    monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(ranks, "stop_on_signals", lambda: None)
 
     def run(module, argv):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *argv])
-        with pytest.raises(Ended) as end:
-            run_command(module.main, f"{module.__name__}.py")
-        return end.value.args[0]
+        return exit_code(module.main, f"{module.__name__}.py")
 
     return run
 

@@ -183,24 +183,12 @@ def test_help_groups_the_flags(capsys, monkeypatch):
 # The end of a process
 
 
-class Ended(Exception):
-    pass
-
-
 @pytest.fixture
-def ended(monkeypatch):
-    """ended(main, prog): the exit code of run_command, in this process."""
-
-    def leave(code):
-        raise Ended(code)
-
-    monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(ranks, "stop_on_signals", lambda: None)
+def ended(exit_code):
+    """ended(main, prog): the exit code of a command that resumes, in this process."""
 
     def run(main, prog="x.py"):
-        with pytest.raises(Ended) as end:
-            cli.run_command(main, prog, resumes=True)
-        return end.value.args[0]
+        return exit_code(main, prog, resumes=True)
 
     return run
 

@@ -13,18 +13,9 @@ from data import prompt_ids
 from evaluate import GAMMAS, bootstrap_interval, clock, evaluate, step_seconds, timings
 from settings import Settings
 from speculative import Lane, Stats, autoregressive_generate, left_pad, speculative_generate
+from tests.sampling import noisy
 
 SETTINGS = Settings(max_new_tokens=16, eval_batch=4, timed_prompts=1, gamma=4)
-
-
-def noisy(model, scale, seed=0):
-    """A copy with noise: as a draft of the model, some of its tokens are accepted, some are not."""
-    torch.manual_seed(seed)
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for weights in model.parameters():
-            weights += scale * torch.randn_like(weights)
-    return model
 
 
 @pytest.fixture(scope="module")

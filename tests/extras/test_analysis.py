@@ -1,6 +1,5 @@
 """Gap correlations, the token picture and cost by gamma against plain recomputations."""
 
-import copy
 import json
 from collections import Counter
 
@@ -15,6 +14,7 @@ from evaluate import evaluate
 from extras import analysis
 from settings import Settings
 from speculative import speculative_generate
+from tests.sampling import noisy
 
 
 @pytest.fixture
@@ -22,15 +22,6 @@ def pair(make_model):
     """A small target and a draft, its copy with noise: some drafts are accepted, some are not."""
     target = make_model(seed=1, initializer_range=0.3)
     return target, noisy(target, 0.05, seed=0)
-
-
-def noisy(model, scale, seed):
-    torch.manual_seed(seed)
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for weights in model.parameters():
-            weights += scale * torch.randn_like(weights)
-    return model
 
 
 @pytest.fixture
