@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from cli import printable
-from data import TASKS, Example, all_tokens, encode_once, load_rows, train_tokenizer
+from data import TASKS, Example, all_tokens, as_chats, encode_once, load_rows, train_tokenizer
 from head import Head
 from models import check_model, model_identity, resolve_model, scratch_model, shared_tokenizer
+from own_rows import turn_end
 from ranks import check_stop, from_rank_0, rank, world_size
 from settings import PAIRS, Method, Pair, Recipe, Settings, recipe
 from speculative import Lane
@@ -36,6 +37,7 @@ class Cell:
     device: torch.device
     folder: Path
     tokenizer: object
+    ends: list[int]  # the tokens that end a response
     examples: list[Example]  # training rows
     test: list[Example]  # held-out rows
     dropped: tuple[int, int]  # rows of both without a response within max_length
@@ -50,6 +52,11 @@ class Cell:
     def target_seed(self) -> int:
         shared = self.settings.target_seed
         return self.seed if shared is None else shared
+
+    @property
+    def prompts_only(self) -> bool:
+        """Whether the training rows have no responses (yet): the target writes them."""
+        return all(len(e.input_ids) == e.prompt_length for e in self.examples)
 
     @property
     def rows_at_once(self) -> int:
@@ -99,19 +106,24 @@ def prepare_cell(
     """
     check_stop()
     pair = Pair(settings.target, settings.draft) if pair_name == "custom" else pairs[pair_name]
-    rows = load_rows(task, "train", settings.data_dir, settings.limit)
-    test_rows = load_rows(task, settings.split, settings.data_dir, settings.eval_prompts)
+    source = {"data_dir": settings.data_dir, "dataset": settings.dataset}
+    rows = load_rows(task, "train", limit=settings.limit, **source)
+    test_rows = load_rows(task, settings.split, limit=settings.eval_prompts, **source)
+    form = task
+    if settings.chat and task != "custom":
+        rows, test_rows = as_chats(task, rows), as_chats(task, test_rows)
+        form = "custom"
     if isinstance(pair.target, dict):
         names = [f"{pair_name}'s target", f"{pair_name}'s draft"]
-        tokenizer = train_tokenizer(texts or row_texts(task, rows), SCRATCH_VOCABULARY)
+        tokenizer = train_tokenizer(texts or row_texts(form, rows), SCRATCH_VOCABULARY)
         with torch.device("meta"):
             models = [scratch_model(sizes, tokenizer, seed) for sizes in pair.models]
     else:
         names = [resolve_model(name, settings.models_dir) for name in pair.models]
         models = [check_model(name) for name in names]
         tokenizer = shared_tokenizer(names[0], names[-1])
-    examples, dropped = encode_rows(task, rows, tokenizer, settings)
-    test, test_dropped = encode_rows(task, test_rows, tokenizer, settings)
+    examples, dropped = encode_rows(form, rows, tokenizer, settings)
+    test, test_dropped = encode_rows(form, test_rows, tokenizer, settings)
     name = pair_name
     if pair_name == "custom":  # by what the models are: two folders may have one name
         identities = [model_identity(name, Path(settings.out)) for name in names]
@@ -127,6 +139,7 @@ def prepare_cell(
         device=device,
         folder=Path(settings.out, name, task, f"seed{seed}"),
         tokenizer=tokenizer,
+        ends=response_ends(form, test_rows, tokenizer),
         examples=examples,
         test=test,
         dropped=(dropped, test_dropped),
@@ -136,7 +149,22 @@ def prepare_cell(
 
 
 def row_texts(task: str, rows) -> list[str]:
-    return [TASKS[task].prompt(row) + TASKS[task].response(row) for row in rows]
+    """The rows as texts. Raises ValueError for a chat, which needs a tokenizer with a template."""
+    texts = []
+    for row in rows:
+        prompt, response = TASKS[task].prompt(row), TASKS[task].response(row)
+        if not isinstance(prompt, str):
+            raise ValueError(f"{row.source}: a chat, and a pair from scratch has no chat template")
+        texts.append(prompt + (response or ""))
+    return texts
+
+
+def response_ends(task: str, rows, tokenizer) -> list[int]:
+    """The tokenizer's end token and, where rows are chats, the one that ends a turn."""
+    ends = {tokenizer.eos_token_id}
+    if any(not isinstance(TASKS[task].prompt(row), str) for row in rows):
+        ends.add(turn_end(tokenizer))
+    return sorted(ends)
 
 
 def encode_rows(task: str, rows, tokenizer, settings: Settings) -> tuple[list[Example], int]:
@@ -150,7 +178,8 @@ def encode_rows(task: str, rows, tokenizer, settings: Settings) -> tuple[list[Ex
         from_rank_0()
     if not examples:
         raise ValueError(
-            f"{task}: no rows are left within {settings.max_length} tokens; raise --max-length"
+            f"{task}: all {dropped} rows are dropped: their prompts are empty, or take the "
+            f"{settings.max_length} tokens of a row (raise --max-length), or they have no response"
         )
     return examples, dropped
 
@@ -176,13 +205,20 @@ def check_cell(cell: Cell, methods: list[Method]) -> None:
                     f"{printable(name)} changes its logits after the output head ({key}); "
                     "the loss here would miss that"
                 )
+    if cell.prompts_only and cell.recipe.epochs[0]:
+        raise ValueError(
+            f"{cell.task}: the rows have no responses to fine-tune the target on; take it as it "
+            "is: --epochs 0,3,3"
+        )
     sizes = [cell.recipe.batch_size, *(method.batch for method in methods if method.batch)]
     rows = min(*sizes, len(cell.examples))
     if rows < world_size():
         raise ValueError(
             f"{cell.task}: batches of {rows} rows do not feed {world_size()} ranks; raise --batch"
         )
-    tokens = sum(len(e.input_ids) - e.prompt_length for e in cell.examples)
+    tokens = sum(int(example.bears_loss.sum()) for example in cell.examples)
+    if cell.prompts_only:
+        tokens = settings.max_new_tokens * len(cell.examples)
     width = cell.models[0].get_output_embeddings().weight.shape[1]
     cache = tokens * width * cell.dtype.itemsize / 2**30
     cached = sum(path.stat().st_size for path in cell.folder.glob("cache/*/*.bin")) / 2**30

@@ -90,6 +90,11 @@ def decimal(low: float, high: float, above: bool = False) -> Callable[[str], flo
     return number
 
 
+def decimals(low: float, high: float) -> Callable[[str], tuple[float, ...]]:
+    """The type of finite numbers from `low` to `high` with commas between."""
+    return lambda text: tuple(decimal(low, high)(part) for part in text.split(","))
+
+
 def folder(text: str) -> str:
     """The type of a folder that must be there."""
     if not text or not Path(text).is_dir():  # "" would be the current one

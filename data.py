@@ -1,17 +1,18 @@
-"""The five tasks of the paper and an offline one: load, prompt, tokenise, mask, batch.
+"""The five tasks of the paper, an offline one and your own: load, prompt, tokenise, mask, batch.
 
 `TASKS` is the one place that says where rows come from and what prompt and response are made of
 them. Rows come from the Hugging Face Hub or, with `data_dir`, from
 `data_dir/<task>/<split>.jsonl` with the same column names. The tokens that bear loss are exactly
 the response and the end token: prompt and response are tokenised apart, so no BPE merge crosses
-the border.
+the border. Rows of your own (task "custom") have forms of their own: own_rows.py.
 """
 
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from adaspec import response_positions
 from arithmetic import arithmetic_rows
+from own_rows import OwnRow, RowTokens, chat_tokens, check_responses, own_row
 from storage import fingerprint, is_whole, write_checked
 
 HELD_OUT = 500  # rows (a tenth at most) carved off train's end for each split that is missing
@@ -31,7 +33,7 @@ HELD_OUT = 500  # rows (a tenth at most) carved off train's end for each split t
 class Task:
     """Where a task's rows come from and how one becomes a prompt and a response."""
 
-    columns: tuple[str, ...]  # the columns used, all of them text
+    columns: tuple[str, ...]  # the columns used, all of them text; () = rows of one's own
     prompt: Callable[[dict], str]
     response: Callable[[dict], str]
     hub: tuple[str, ...] = ()  # load_dataset's path and configuration; () = local files only
@@ -99,16 +101,21 @@ TASKS: dict[str, Task] = {
     ),
     # offline: made by arithmetic.py
     "arithmetic": Task(("question", "answer"), _gsm8k_prompt, _gsm8k_response),
-    # needs a data_dir
-    "custom": Task(("prompt", "response"), lambda row: row["prompt"], lambda row: row["response"]),
+    # your own: needs a data_dir or a dataset
+    "custom": Task((), lambda row: row["prompt"], lambda row: row["response"]),
 }
 
 
 def load_rows(
-    task: str, split: str, data_dir: str | Path | None = None, limit: int | None = None
-) -> list[dict]:
+    task: str,
+    split: str,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    dataset: str | None = None,
+) -> list[dict] | list[OwnRow]:
     """The first `limit` rows of a split (train, validation or test), from the Hub or from
-    `data_dir/<task>/<split>.jsonl`.
+    `data_dir/<task>/<split>.jsonl`; of task custom also from `dataset`, whatever
+    `datasets.load_dataset` opens (NAME or NAME:CONFIGURATION).
 
     A validation or test split that the source lacks is carved off the end of train, and train then
     ends before it. Raises ValueError for an unknown task or split, an empty file, and, naming file
@@ -121,15 +128,20 @@ def load_rows(
         raise ValueError(f"unknown split {split!r}, expected train, validation or test")
     if task == "arithmetic":
         return arithmetic_rows(split)[:limit]
-    if not data_dir and not TASKS[task].hub:
+    spec = TASKS[task]
+    if task == "custom" and dataset:
+        spec, data_dir = dataset_task(dataset), None
+    if not data_dir and not spec.hub:
         raise ValueError(
-            f"task {task!r} has no rows on the Hub: give --data-dir with {task}/train.jsonl in it"
+            f"task {task!r} has no rows on the Hub: give --data-dir with {task}/train.jsonl in it, "
+            "or --dataset"
         )
-    missing = [name for name in ("validation", "test") if not _exists(task, name, data_dir)]
+    folder = Path(data_dir, task) if data_dir else None
+    missing = [name for name in ("validation", "test") if not _exists(spec, name, folder)]
     if split != "train" and split not in missing:
-        return _read(task, split, data_dir, limit)
+        return _read(spec, split, folder, limit)
 
-    rows = _read(task, "train", data_dir, None if missing else limit)
+    rows = _read(spec, "train", folder, None if missing else limit)
     size = min(HELD_OUT, len(rows) // 10)
     if split != "train" and not size:
         raise ValueError(
@@ -143,40 +155,67 @@ def load_rows(
     return rows[start : start + size][:limit]
 
 
-def _exists(task: str, split: str, data_dir: str | Path | None) -> bool:
-    if data_dir:
-        return Path(data_dir, task, f"{split}.jsonl").is_file()
-    return split not in TASKS[task].missing
+def dataset_task(dataset: str) -> Task:
+    """The task custom with the rows of a dataset. Raises ValueError where it cannot be opened or
+    has no train split."""
+    hub = tuple(dataset.split(":"))
+    with loading_rows(f"the dataset {dataset}"):
+        splits = datasets.get_dataset_split_names(*hub)
+    if "train" not in splits:
+        raise ValueError(f"dataset {dataset} has no split train (found {', '.join(splits)})")
+    missing = tuple(name for name in ("validation", "test") if name not in splits)
+    return replace(TASKS["custom"], hub=hub, missing=missing)
 
 
-def _read(
-    task: str, split: str, data_dir: str | Path | None, limit: int | None = None
-) -> list[dict]:
-    if data_dir:
-        source = str(Path(data_dir, task, f"{split}.jsonl"))
-        if not Path(source).is_file():
+@contextmanager
+def loading_rows(rows: str) -> Iterator[None]:
+    """Whatever `datasets` and the Hub raise becomes a ValueError of one line."""
+    try:
+        yield
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"cannot load {rows}: {cause:.400}") from error
+
+
+def as_chats(task: str, rows: Sequence[dict]) -> list[OwnRow]:
+    """A task's rows as chats of one turn, for a target that was trained on chats."""
+    spec = TASKS[task]
+    chats = []
+    for number, row in enumerate(rows, 1):
+        turn = {"role": "user", "content": spec.prompt(row).strip()}
+        chats.append(OwnRow([turn], spec.response(row), f"{task}, row {number}"))
+    return chats
+
+
+def _exists(spec: Task, split: str, folder: Path | None) -> bool:
+    if folder:
+        return (folder / f"{split}.jsonl").is_file()
+    return split not in spec.missing
+
+
+def _read(spec: Task, split: str, folder: Path | None, limit: int | None = None) -> list:
+    if folder:
+        path = folder / f"{split}.jsonl"
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{source} does not exist; --data-dir must hold <task>/train.jsonl "
+                f"{path} does not exist; --data-dir must hold <task>/train.jsonl "
                 "(one JSON row a line)"
             )
-        rows = list(itertools.islice(_json_lines(source, TASKS[task]), limit))
+        source = str(path)
+        rows = list(itertools.islice(_json_lines(source, spec), limit))
     else:
-        source = f"{'/'.join(TASKS[task].hub)} on the Hugging Face Hub"
-        rows = _hub_rows(task, split, source, limit)
+        source = "/".join(spec.hub)
+        rows = _hub_rows(spec, split, source, limit)
     if not rows:
         raise ValueError(f"{source} is empty; it must hold one JSON row a line")
+    if not spec.columns:
+        check_responses(rows)
     return rows
 
 
-def _hub_rows(task: str, split: str, source: str, limit: int | None) -> list[dict]:
-    spec = TASKS[task]
-    try:
+def _hub_rows(spec: Task, split: str, source: str, limit: int | None) -> list:
+    with loading_rows(f"the {split} rows of {source}"):
         table = datasets.load_dataset(*spec.hub, split=split, revision=spec.revision)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(
-            f"cannot load the {split} rows of {task} from {source}: {cause}"
-        ) from error
     table = table.select(range(min(limit or len(table), len(table))))
     return [
         _checked(row, spec, f"{source}, {split} row {number}")
@@ -184,7 +223,7 @@ def _hub_rows(task: str, split: str, source: str, limit: int | None) -> list[dic
     ]
 
 
-def _json_lines(path: str, spec: Task) -> Iterator[dict]:
+def _json_lines(path: str, spec: Task) -> Iterator:
     """The rows of a file, one by one; blank lines are passed over."""
     with open(path, "rb") as file:  # text would also end lines at a carriage return inside a row
         for number, line in enumerate(file, 1):
@@ -198,14 +237,16 @@ def _json_lines(path: str, spec: Task) -> Iterator[dict]:
             yield _checked(row, spec, f"{path}, line {number}")
 
 
-def _checked(row, spec: Task, source: str) -> dict:
+def _checked(row, spec: Task, source: str) -> dict | OwnRow:
     """The columns that the task uses of a row. Raises ValueError where one is missing or not of
     its type."""
     if not isinstance(row, dict):
-        columns = ", ".join(spec.columns)
+        columns = ", ".join(spec.columns) or "prompt or messages"
         raise ValueError(
             f"{source}: must be a JSON object with the columns {columns}, got {row!r:.60}"
         )
+    if not spec.columns:
+        return own_row(row, source)
     for name in spec.columns:
         if name not in row:
             present = ", ".join(map(repr, row))
@@ -224,10 +265,20 @@ def _checked(row, spec: Task, source: str) -> dict:
 
 
 class Example(NamedTuple):
-    """One tokenised row: `input_ids` [T] int32, of which the first `prompt_length` bear no loss."""
+    """One tokenised row: `input_ids` [T] int32, of which the first `prompt_length` bear no loss,
+    but for the spans [start, end) of `turns`: what the assistant said earlier in a chat."""
 
     input_ids: np.ndarray
     prompt_length: int
+    turns: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def bears_loss(self) -> np.ndarray:
+        """Which tokens bear loss, bool [T]."""
+        mask = np.arange(len(self.input_ids)) >= self.prompt_length
+        for start, end in self.turns:
+            mask[start:end] = True
+        return mask
 
 
 def prompt_ids(example: Example) -> Tensor:
@@ -237,7 +288,12 @@ def prompt_ids(example: Example) -> Tensor:
 
 def all_tokens(examples: Sequence[Example]) -> list[Example]:
     """The same rows with all tokens as response: for pretraining, or a head that reads prompts."""
-    return [example._replace(prompt_length=0) for example in examples]
+    return [Example(example.input_ids, 0) for example in examples]
+
+
+def prompts_alone(examples: Sequence[Example]) -> list[Example]:
+    """The same rows without their responses."""
+    return [e._replace(input_ids=e.input_ids[: e.prompt_length]) for e in examples]
 
 
 def encode(
@@ -249,7 +305,8 @@ def encode(
     A summarisation document is cut at its end so that a quarter of `max_length` is left for the
     response (whatever the response is: at test time it is unknown). A row is dropped, and counted,
     where its prompt or response is empty or where the prompt leaves no room for a single response
-    token. Raises ValueError for a tokenizer without an end token.
+    token. Rows of your own may have no response; chats go through the tokenizer's template.
+    Raises ValueError for a tokenizer without an end token, and for a chat that it cannot render.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -257,6 +314,10 @@ def encode(
         )
     if not rows:
         return [], 0
+    if task == "custom":
+        examples = [encode_own(row, tokenizer, max_length) for row in rows]
+        examples = [example for example in examples if example]
+        return examples, len(rows) - len(examples)
     spec = TASKS[task]
     examples = []
     responses = [spec.response(row) for row in rows]
@@ -273,6 +334,28 @@ def encode(
             ids = [*prompt, *response, tokenizer.eos_token_id][:max_length]
             examples.append(Example(np.array(ids, dtype=np.int32), len(prompt)))
     return examples, len(rows) - len(examples)
+
+
+def encode_own(row: dict, tokenizer, max_length: int) -> Example | None:
+    """A row of one's own; None where its prompt or response is empty or where the prompt leaves no
+    room for a response."""
+    if not isinstance(row, OwnRow):
+        row = OwnRow(row["prompt"], row["response"], "a row")
+    tokens = chat_tokens if isinstance(row["prompt"], list) else _text_tokens
+    prompt, response, turns = tokens(row, tokenizer)
+    empty = row["response"] is not None and not row["response"].strip()
+    if empty or not 0 < len(prompt) < max_length:
+        return None
+    ids = [*prompt, *response][:max_length]
+    return Example(np.array(ids, dtype=np.int32), len(prompt), turns)
+
+
+def _text_tokens(row: OwnRow, tokenizer) -> RowTokens:
+    prompt = _tokenise_prompts(tokenizer, [row["prompt"]])[0]
+    if row["response"] is None:
+        return RowTokens(prompt, [])
+    response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+    return RowTokens(prompt, [*response, tokenizer.eos_token_id])
 
 
 def _tokenise_prompts(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -295,6 +378,7 @@ def digest(examples: Sequence[Example]) -> str:
     for example in examples:
         sha.update(np.int32([example.prompt_length, len(example.input_ids)]).tobytes())
         sha.update(example.input_ids.tobytes())
+        sha.update(np.int32(example.turns).tobytes())
     return sha.hexdigest()[:16]
 
 
@@ -307,7 +391,10 @@ def encode_once(
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "rows": [[spec.prompt(row), spec.response(row)] for row in rows],
         "cut": [task, max_length, tokenizer.eos_token_id],
+        "format": 2,  # of write_examples
     }
+    if task == "custom":
+        settings["chat_template"] = tokenizer.chat_template
     path = Path(folder, f"{fingerprint(settings)}.tokens")
     if is_whole(path):
         return read_examples(path)
@@ -317,13 +404,11 @@ def encode_once(
 
 
 def write_examples(path: Path, examples: Sequence[Example], dropped: int = 0) -> None:
-    """Keep examples in a checked file of int32 numbers: dropped, count, lengths, prompt lengths,
-    token ids."""
-    lengths = [len(example.input_ids) for example in examples]
-    prompt_lengths = [example.prompt_length for example in examples]
-    numbers = np.concatenate(
-        [[dropped, len(examples)], lengths, prompt_lengths, *(e.input_ids for e in examples)]
-    )
+    """Keep examples in a checked file of int32 numbers: dropped, count, then of every example the
+    numbers of its tokens, prompt tokens and turns, then its turns and token ids."""
+    sizes = [(len(e.input_ids), e.prompt_length, len(e.turns)) for e in examples]
+    content = [part for e in examples for part in (np.ravel(e.turns), e.input_ids)]
+    numbers = np.concatenate([[dropped, len(examples)], np.ravel(sizes), *content])
     write_checked(path, lambda file: file.write(numbers.astype(np.int32).tobytes()))
 
 
@@ -331,9 +416,14 @@ def read_examples(path: Path) -> tuple[list[Example], int]:
     """What `write_examples` wrote: (examples, rows dropped)."""
     numbers = np.fromfile(path, np.int32)
     dropped, count = numbers[:2].tolist()
-    lengths, prompt_lengths = numbers[2 : 2 + 2 * count].reshape(2, count)
-    ids = np.split(numbers[2 + 2 * count :], np.cumsum(lengths)[:-1]) if count else []
-    return [Example(*pair) for pair in zip(ids, prompt_lengths.tolist(), strict=True)], dropped
+    place = 2 + 3 * count
+    examples = []
+    for length, prompt_length, turns in numbers[2:place].reshape(count, 3).tolist():
+        ids = place + 2 * turns
+        spans = numbers[place:ids].reshape(turns, 2).tolist()
+        place = ids + length
+        examples.append(Example(numbers[ids:place], prompt_length, tuple(map(tuple, spans))))
+    return examples, dropped
 
 
 def collate(examples: Sequence[Example], multiple: int = 32) -> tuple[Tensor, Tensor]:
@@ -346,9 +436,11 @@ def collate(examples: Sequence[Example], multiple: int = 32) -> tuple[Tensor, Te
     length = -(-max(len(e.input_ids) for e in examples) // multiple) * multiple
     input_ids = torch.zeros(len(examples), length, dtype=torch.long)
     labels = torch.full_like(input_ids, -100)
-    for i, (ids, start) in enumerate(examples):
-        input_ids[i, : len(ids)] = torch.from_numpy(ids)
-        labels[i, start : len(ids)] = input_ids[i, start : len(ids)]
+    for i, example in enumerate(examples):
+        row = input_ids[i, : len(example.input_ids)]
+        row[:] = torch.from_numpy(example.input_ids)
+        loss = torch.from_numpy(example.bears_loss)
+        labels[i, : len(row)][loss] = row[loss]
     return input_ids, labels
 
 

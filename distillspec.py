@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adaspec import log_probs, response_tokens, token_kl
-from speculative import autoregressive_generate, left_pad, until_end
+from speculative import left_pad, speculative_generate, until_end
 
 
 def reverse_kl(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
@@ -103,41 +103,52 @@ def distill_loss(
 
 
 def write_responses(
-    model, prompts: Sequence[Tensor], limits: Sequence[int], generator, end: int, vocab_size: int
+    model,
+    prompts: Sequence[Tensor],
+    limits: Sequence[int],
+    generator,
+    ends: list[int],
+    vocab_size: int,
+    temperature: float = 1.0,
+    draft=None,
 ) -> list[Tensor]:
-    """A response for each prompt [T_i], sampled from `model` at temperature 1 in one batch.
+    """A response for each prompt [T_i], sampled from `model` in one batch; a `draft` may speed it
+    up and leaves the distribution as it is.
 
-    limits: the most tokens of each response, the end token `end` included. Raises ValueError for a
-    prompt that with its limit exceeds the model's context.
+    limits: the most tokens of each response, an end token included. Raises ValueError for a prompt
+    that with its limit exceeds the model's context.
     """
     input_ids, attention_mask = left_pad(list(prompts), model.device)
-    text = autoregressive_generate(
+    output = speculative_generate(
         model,
+        draft,
         input_ids,
         attention_mask,
         max_new_tokens=list(limits),
-        temperature=1.0,
-        eos_token_id=end,
+        temperature=temperature,
+        eos_token_id=ends,
         generator=generator,
         vocab_size=vocab_size,
-    ).cpu()
-    responses = text[:, input_ids.shape[1] :]
+    )
+    responses = output.sequences[:, input_ids.shape[1] :].cpu()
     return [
-        until_end(tokens[:limit], [end]) for tokens, limit in zip(responses, limits, strict=True)
+        until_end(tokens[:limit], ends) for tokens, limit in zip(responses, limits, strict=True)
     ]
 
 
 @dataclass
 class ResponseWriter:
-    """Rewrites examples with responses that a model samples at temperature 1."""
+    """Rewrites examples with responses that a model samples."""
 
-    end: int  # the end token
+    ends: list[int]  # the tokens that end a response
     vocab_size: int
     max_new_tokens: int
     max_length: int  # of prompt and response together
     batch_size: int
 
-    def write(self, model, examples: Sequence, seed: int) -> list:
+    def write(
+        self, model, examples: Sequence, seed: int, temperature: float = 1.0, draft=None
+    ) -> list:
         """The examples (data.Example) with the model's responses, in the same order; each batch
         holds prompts of similar lengths, and every row has the room that its own prompt leaves."""
         generator = torch.Generator(model.device).manual_seed(seed)
@@ -152,7 +163,7 @@ class ResponseWriter:
             ]
             limits = [min(self.max_new_tokens, self.max_length - length) for length in lengths]
             responses = write_responses(
-                model, prompts, limits, generator, self.end, self.vocab_size
+                model, prompts, limits, generator, self.ends, self.vocab_size, temperature, draft
             )
             for row, prompt, response in zip(rows, prompts, responses, strict=True):
                 input_ids = torch.cat([prompt, response]).int().numpy()

@@ -36,9 +36,17 @@ GAMMAS = range(1, 11)  # what tau is simulated for
 
 
 def evaluate(
-    target, drafts: dict, examples, tokenizer, settings, seed: int, name: str
+    target,
+    drafts: dict,
+    examples,
+    tokenizer,
+    settings,
+    seed: int,
+    name: str,
+    ends: list[int] | None = None,
 ) -> list[dict]:
-    """A row of the table for every draft {label: model} and temperature 0 and 1.
+    """A row of the table for every draft {label: model} and temperature 0 and 1. `ends`: the tokens
+    that end a response (default: the tokenizer's end token).
 
     Prompts are decoded in batches, which are dealt to the ranks; the speed-up is measured on the
     first `timed_prompts` one by one, on rank 0, and only its rows have it.
@@ -49,7 +57,7 @@ def evaluate(
     timed = [prompt.to(target.device)[None] for prompt in prompts[: settings.timed_prompts]]
     decoding = {
         "max_new_tokens": settings.max_new_tokens,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": ends or [tokenizer.eos_token_id],
         "vocab_size": len(tokenizer),
     }
     bar = progress(2 * (len(groups) + len(timed)), name, "batch")
@@ -104,14 +112,14 @@ def decode_group(
     other drafts there are."""
     generator = torch.Generator(target.device)
     sampling = sampling | {"generator": generator}
-    end, vocab_size = sampling["eos_token_id"], sampling["vocab_size"]
+    ends, vocab_size = sampling["eos_token_id"], sampling["vocab_size"]
     input_ids, mask = left_pad(prompts, target.device)
     width = input_ids.shape[1]
     generator.manual_seed(seed)
     text = autoregressive_generate(target, input_ids, mask, **sampling).cpu()
     written = []
     for prompt, tokens in zip(prompts, text[:, width:], strict=True):
-        whole_text = torch.cat([prompt, until_end(tokens, [end])])
+        whole_text = torch.cat([prompt, until_end(tokens, ends)])
         written.append(Example(whole_text.int().numpy(), len(prompt)))
     lengths = [len(example.input_ids) - example.prompt_length for example in written]
     text, labels = (tensor.to(target.device) for tensor in collate(written))

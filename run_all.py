@@ -40,7 +40,7 @@ from evaluate import evaluate
 from models import load_model
 from ranks import from_rank_0, leave, rank, say, setup, world_size
 from settings import Method, Settings, parse_settings
-from stages import fit, training_cost
+from stages import fit, training_cost, written_by_target
 from storage import Model
 from tables import over_seeds, table
 from train import adaspec_step, distillation_step, fine_tuning_step
@@ -53,6 +53,8 @@ def run_cell(cell, methods: Sequence[Method], evaluation: Callable | None = None
     target, base_draft = base_models(cell)
     if cell.recipe.epochs[0]:
         target = fit(cell, target_plan(cell, target), fine_tuning_step)  # stage 0
+    if cell.prompts_only:
+        cell.examples = written_by_target(cell, target, cell.examples)
     drafts = {"base": base_draft}
     costs = {}
     for method in methods:
@@ -111,7 +113,9 @@ def measure_drafts(cell, target: Model, drafts: dict, load: Callable) -> list[di
     network = load(target.path, cell.dtype, cell.device)
     networks = {label: load(draft.path, cell.dtype, cell.device) for label, draft in drafts.items()}
     name = f"{cell.task} evaluation"
-    rows = evaluate(network, networks, cell.test, cell.tokenizer, cell.settings, cell.seed, name)
+    rows = evaluate(
+        network, networks, cell.test, cell.tokenizer, cell.settings, cell.seed, name, cell.ends
+    )
     return from_rank_0(rows)  # rank 0's have the timings
 
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
-from cli import Parser, decimal, flag, folder, numbers, one_of, some_of, whole
+from cli import Parser, decimal, decimals, flag, folder, numbers, one_of, some_of, whole
 from data import TASKS
 from distillspec import DIVERGENCES
 from train import DECAYS, DTYPES, SELECTIONS
@@ -201,8 +201,24 @@ class Settings:
     data_dir: str | None = flag(
         None, folder, "rows from <data-dir>/<task>/<split>.jsonl; without it from the Hub", "rows"
     )
+    dataset: str | None = flag(
+        None, str, "task custom: NAME or NAME:CONFIGURATION that load_dataset opens", "rows"
+    )
+    chat: bool = flag(
+        False,
+        None,
+        "put the prompts of the tasks through the target's chat template",
+        "rows",
+        action="store_true",
+    )
     models_dir: str | None = flag(
         None, folder, "folder that holds the pretrained models by name; without it the Hub", "rows"
+    )
+    write_temperature: tuple[float, ...] = flag(
+        (1.0,),
+        decimals(0, math.inf),
+        "of responses that the target writes; several are taken in turn, by batches",
+        "rows",
     )
     limit: int | None = flag(None, whole(), "train on the first rows only", "rows")
     max_length: int = flag(512, whole(2), "tokens of a training row", "rows")
@@ -283,6 +299,8 @@ def contradiction(settings: Settings) -> str | None:
         return "--epochs takes three numbers: target (0 or more), reference and draft (1 or more)"
     if "custom" in settings.pairs and not (settings.target and settings.draft):
         return "--pairs custom needs --target and --draft"
+    if settings.dataset and "custom" not in settings.tasks:
+        return "--dataset holds the rows of the task custom: add --tasks custom"
     if "custom" not in settings.pairs and (settings.target or settings.draft):
         return "--target and --draft are the pair custom: add --pairs custom"
     return None

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import storage
-from data import Example, digest, read_examples, write_examples
+from data import Example, digest, prompts_alone, read_examples, write_examples
 from distillspec import OnPolicy, ResponseWriter
 from models import load_model, scratch_model
 from ranks import check_stop, from_rank_0, gather_objects, progress, rank, say, world_size
@@ -65,7 +65,7 @@ def fit(
     model = initial_model(cell, plan)
     options = training_options(cell, plan, folder, settings)
     summary = train(model, plan.examples, step, step_inputs, **options)
-    summary["target_forwards"] = target_forwards(plan, teacher, reference_loss, summary)
+    summary["target_forwards"] = target_forwards(cell, plan, teacher, reference_loss, summary)
     return storage.save_stage(folder, settings, summary, model, cell.tokenizer)
 
 
@@ -191,7 +191,7 @@ def token_cache(cell, kind: str, models: str, examples, width: int, dtype) -> To
 
 def response_writer(cell) -> ResponseWriter:
     return ResponseWriter(
-        end=cell.tokenizer.eos_token_id,
+        ends=cell.ends,
         vocab_size=len(cell.tokenizer),
         max_new_tokens=cell.settings.max_new_tokens,
         max_length=cell.settings.max_length,
@@ -216,11 +216,17 @@ def on_policy(cell, method: Method, examples: Sequence[Example]) -> OnPolicy | N
 
 def written_by_target(cell, target: Model, examples: Sequence[Example]) -> list[Example]:
     """The examples with responses that the target writes, in blocks that are kept as they are
-    written, each rank its share: a stopped run goes on with the next block."""
+    written, each rank its share: a stopped run goes on with the next block. The blocks take the
+    temperatures of `write_temperature` in turn. Pairs share them, and where the target is taken as
+    it is, so do seeds."""
     writer = response_writer(cell)
-    settings = {"target": target.fingerprint, "data": digest(examples), "seed": cell.seed}
+    writer_seed = cell.seed if cell.recipe.epochs[0] else 0
+    temperatures = cell.settings.write_temperature
+    prompts = digest(prompts_alone(examples))
+    settings = {"target": target.fingerprint, "prompts": prompts, "seed": writer_seed}
     settings |= {"dtype": cell.settings.dtype, "writer": vars(writer)}
-    prefix = cell.folder / "written" / fingerprint(settings)
+    settings |= {"temperatures": temperatures}
+    prefix = Path(cell.settings.out, "written", fingerprint(settings))
     order = sorted(range(len(examples)), key=lambda row: examples[row].prompt_length)
     size = writer.batch_size
     blocks = [order[start : start + size] for start in range(0, len(order), size)]
@@ -228,13 +234,16 @@ def written_by_target(cell, target: Model, examples: Sequence[Example]) -> list[
     own = range(rank(), len(blocks), world_size())
     missing = [number for number in own if not storage.is_whole(paths[number])]
     if missing:
+        count = sum(len(blocks[number]) for number in missing)
+        say(f"  the target writes {count} responses, kept in batches of {size}")
         model = load_model(target.path, cell.dtype, cell.device)
-        bar = progress(len(missing), f"{cell.task} responses of the target", "batch")
+        bar = progress(count, f"{cell.task} responses of the target", "response")
         for number in missing:
             rows = [examples[row] for row in blocks[number]]
-            seed = cell.seed * 1_000_003 + number
-            write_examples(paths[number], writer.write(model, rows, seed))
-            bar.update()
+            seed = writer_seed * 1_000_003 + number
+            temperature = temperatures[number % len(temperatures)]
+            write_examples(paths[number], writer.write(model, rows, seed, temperature))
+            bar.update(len(rows))
             check_stop()
         bar.close()
     gather_objects(None)  # wait for all
@@ -248,7 +257,7 @@ def written_by_target(cell, target: Model, examples: Sequence[Example]) -> list[
 
 
 def target_forwards(
-    plan: Plan, teacher: Frozen | None, reference_loss: ReferenceLoss | None, summary: dict
+    cell, plan: Plan, teacher: Frozen | None, reference_loss: ReferenceLoss | None, summary: dict
 ) -> dict[str, int]:
     """Rows that the target was run on for this stage, by what they can be shared with: a cache, and
     responses that the target wrote (a call a token then)."""
@@ -259,7 +268,7 @@ def target_forwards(
         rows[f"steps of {plan.name}"] = summary["rows"]
         if reference_loss and reference_loss.cache and reference_loss.name != "ce":
             rows[f"cache {reference_loss.cache.fingerprint}"] = len(plan.examples)
-    if plan.method and plan.method.data == "target":
+    if plan.method and (plan.method.data == "target" or cell.prompts_only):
         rows[f"written {digest(plan.examples)}"] = len(plan.examples)
     return rows
 

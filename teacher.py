@@ -105,7 +105,7 @@ class TokenCache:
         self.dtype = dtype
         self.rows_at_once = rows_at_once
         # an example whose first token bears loss has no predictor for it
-        self.counts = [len(e.input_ids) - max(e.prompt_length, 1) for e in examples]
+        self.counts = [int(example.bears_loss[1:].sum()) for example in examples]
         self.bytes = sum(self.counts) * width * dtype.itemsize
         order = sorted(range(len(examples)), key=lambda row: -len(examples[row].input_ids))
         size = rows_at_once * BATCHES_A_BLOCK

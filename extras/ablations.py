@@ -217,7 +217,7 @@ def add_speedups(cell: Cell, target: Model, drafts: dict, rows: list[dict]) -> N
     networks = {}
     for label, draft in drafts.items():
         networks[label] = load_model(draft.path, cell.dtype, cell.device)
-    sampling = {"eos_token_id": cell.tokenizer.eos_token_id, "vocab_size": len(cell.tokenizer)}
+    sampling = {"eos_token_id": cell.ends, "vocab_size": len(cell.tokenizer)}
     sampling["max_new_tokens"] = settings.max_new_tokens
     bar = progress(2 * (len(gammas) - 1) * len(prompts), f"{cell.task} speed-ups", "prompt")
     for temperature in (0.0, 1.0):

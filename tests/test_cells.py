@@ -89,7 +89,9 @@ def test_rows_of_other_splits(toy_settings):
 
 
 def test_a_row_bound_that_leaves_none_is_said(toy_settings):
-    with pytest.raises(ValueError, match=r"no rows are left within 4 tokens; raise --max-length"):
+    with pytest.raises(
+        ValueError, match=r"all 24 rows are dropped: .* 4 tokens of a row \(raise --max-length\)"
+    ):
         prepare_cell("toy", "arithmetic", 0, replace(toy_settings, max_length=4), CPU, PAIRS)
 
 
@@ -321,14 +323,14 @@ def test_who_writes_the_responses_of_a_plan(toy_cell, monkeypatch):
     assert plan.on_policy.examples is toy_cell.examples
     writer = plan.on_policy.writer
     assert (writer.max_length, writer.max_new_tokens, writer.batch_size) == (128, 128, 80)
-    assert (writer.end, writer.vocab_size) == (0, len(toy_cell.tokenizer))
+    assert (writer.ends, writer.vocab_size) == ([0], len(toy_cell.tokenizer))
     assert plan_of(toy_cell, Method("distillspec", data="mixed", share=0.2)).on_policy.share == 0.2
 
 
 def test_each_block_that_the_target_writes_has_draws_of_its_own(toy_cell, monkeypatch):
     seeds = []
 
-    def write(writer, model, examples, seed):
+    def write(writer, model, examples, seed, temperature):
         seeds.append(seed)
         return examples
 

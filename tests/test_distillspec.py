@@ -210,7 +210,7 @@ def rows_of(*lengths, seed=0):
 
 @pytest.fixture
 def writer():
-    return ResponseWriter(END, VOCABULARY, max_new_tokens=64, max_length=128, batch_size=80)
+    return ResponseWriter([END], VOCABULARY, max_new_tokens=64, max_length=128, batch_size=80)
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def never_ending(make_model):
 
 def test_each_row_writes_as_much_as_its_own_prompt_leaves_room_for(never_ending, writer):
     """Issue 13.1: with one prompt of 123 tokens beside them, all wrote 5 tokens."""
-    writer.end = VOCABULARY  # no end token: all write up to their limit
+    writer.ends = [VOCABULARY]  # no end token: all write up to their limit
     lengths = [20, 20, 123, 20, 64, 100, 20, 127]
     rows = rows_of(*lengths)
     written = writer.write(never_ending, rows, seed=0)
@@ -237,14 +237,14 @@ def test_neighbours_change_no_rows_limit(never_ending):
     prompts = prompts_of(20, 250, 30)
     limits = [236, 6, 12]  # 256 positions is the model's context
     generator = torch.Generator().manual_seed(0)
-    together = write_responses(never_ending, prompts, limits, generator, VOCABULARY, VOCABULARY)
+    together = write_responses(never_ending, prompts, limits, generator, [VOCABULARY], VOCABULARY)
     alone = [
-        write_responses(never_ending, [prompt], [limit], generator, VOCABULARY, VOCABULARY)[0]
+        write_responses(never_ending, [prompt], [limit], generator, [VOCABULARY], VOCABULARY)[0]
         for prompt, limit in zip(prompts, limits, strict=True)
     ]
     assert [len(r) for r in together] == [len(r) for r in alone] == limits
     with pytest.raises(ValueError, match="context of 256"):
-        write_responses(never_ending, prompts, [236, 7, 12], generator, VOCABULARY, VOCABULARY)
+        write_responses(never_ending, prompts, [236, 7, 12], generator, [VOCABULARY], VOCABULARY)
 
 
 def test_a_response_ends_with_the_end_token(make_model, writer):

@@ -240,19 +240,19 @@ def test_what_the_target_has_written_is_kept_and_gone_on_with(make_cell, monkeyp
     blocks = []
     write = stages.ResponseWriter.write
 
-    def stopping_write(writer, model, examples, seed):
+    def stopping_write(writer, model, examples, *seed_and_temperature):
         blocks.append(len(examples))
         if len(blocks) == 2:
             ranks.stop_signal = signal.SIGTERM
-        return write(writer, model, examples, seed)
+        return write(writer, model, examples, *seed_and_temperature)
 
     monkeypatch.setattr(stages.ResponseWriter, "write", stopping_write)
     with pytest.raises(ranks.Stopped, match="SIGTERM"):
         stages.written_by_target(cell, target, cell.examples)
     ranks.stop_signal = None
-    files = sorted(path.name for path in cell.folder.glob("written/*.tokens"))
+    files = sorted(path.name for path in Path(cell.settings.out).glob("written/*.tokens"))
     assert blocks == [8, 8] and [name[-12:] for name in files] == ["00000.tokens", "00001.tokens"]
-    truncate(cell.folder / "written" / files[0])
+    truncate(Path(cell.settings.out, "written", files[0]))
     for _ in range(2):
         written = stages.written_by_target(cell, target, cell.examples)
         assert blocks == [8, 8, 8, 8] and digest(written) == digest(whole)

@@ -425,7 +425,9 @@ def test_ranks_share_the_writing_out(make_model, examples, monkeypatch):
 @pytest.fixture
 def draft_writes(examples):
     """on_policy(refresh, share): the draft's own samples."""
-    writer = ResponseWriter(end=0, vocab_size=400, max_new_tokens=6, max_length=128, batch_size=6)
+    writer = ResponseWriter(
+        ends=[0], vocab_size=400, max_new_tokens=6, max_length=128, batch_size=6
+    )
 
     def on_policy(refresh, share=1.0, **ranks):
         return OnPolicy(writer, examples, share, refresh, seed=3, **ranks)

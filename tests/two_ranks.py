@@ -78,7 +78,7 @@ save("distilled", dict(draft.state_dict()))
 
 
 def on_policy_training(checkpoints, stop_at=None):
-    writer = ResponseWriter(0, vocab_size=400, max_new_tokens=6, max_length=128, batch_size=4)
+    writer = ResponseWriter([0], vocab_size=400, max_new_tokens=6, max_length=128, batch_size=4)
     on_policy = OnPolicy(
         writer, examples, 1.0, refresh=4, seed=0, rank=ranks.rank(), ranks=ranks.world_size()
     )
