@@ -237,6 +237,16 @@ def _json_lines(path: str, spec: Task) -> Iterator:
             yield _checked(row, spec, f"{path}, line {number}")
 
 
+def read_prompts(path: str | Path) -> list[str | list[dict]]:
+    """The prompts of a file of rows of one's own, texts or chats. Raises ValueError, naming the
+    line, for what is no such row, and for a file without rows; OSError for one that is not there.
+    """
+    prompts = [row["prompt"] for row in _json_lines(str(path), TASKS["custom"])]
+    if not prompts:
+        raise ValueError(f"{path}: no prompts")
+    return prompts
+
+
 def _checked(row, spec: Task, source: str) -> dict | OwnRow:
     """The columns that the task uses of a row. Raises ValueError where one is missing or not of
     its type."""

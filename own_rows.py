@@ -144,6 +144,17 @@ def chat_tokens(row: OwnRow, tokenizer) -> RowTokens:
     return RowTokens(ids, response[: end + 1], turns)
 
 
+def prompt_tokens(prompt: str | list[dict], tokenizer, chat: bool = False) -> list[int]:
+    """The tokens of a prompt: a text as the tokenizer takes it, a list of messages, or with `chat`
+    any text as a user's message, as the chat template renders it. Raises ValueError where there
+    is no template."""
+    if chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return chat_tokens(OwnRow(prompt, None, "the prompt"), tokenizer).prompt
+
+
 def _render(row: OwnRow, messages: list[dict], tokenizer, **options) -> str:
     if not tokenizer.chat_template:
         raise ValueError(

@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -720,24 +719,6 @@ def simulate_rounds(
 # The command line
 
 
-def read_prompts(path) -> list[str]:
-    """The texts "prompt" of a file of JSON lines. Raises ValueError, naming the line, where there
-    is none, and OSError for a file that cannot be read."""
-    prompts = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            prompts.append(json.loads(line)["prompt"])
-            prompts[-1].encode()  # fails unless it is text, and such as a tokenizer takes
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            message = f'{path}, line {number}: not a JSON object with a text as "prompt"'
-            raise ValueError(message) from error
-    if not prompts:
-        raise ValueError(f"{path}: no prompts")
-    return prompts
-
-
 def parse_arguments(argv: list[str] | None):
     from cli import Parser, one_of
 
@@ -747,7 +728,8 @@ def parse_arguments(argv: list[str] | None):
     add("--draft", required=True, help="folder or Hub id of the draft")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="the text to go on with")
-    prompts.add_argument("--prompts", help='a file of JSON lines with a "prompt" each')
+    prompts.add_argument("--prompts", help='JSON lines with a "prompt" or "messages" each')
+    add("--chat", action="store_true", help="put texts through the target's chat template")
     add("--gamma", type=int, default=5, help="tokens drafted a round")
     add("--max-new-tokens", type=int, default=128, help="tokens written at most, for each prompt")
     add("--temperature", type=float, default=0.0, help="0 = greedy")
@@ -776,7 +758,9 @@ def main(argv: list[str] | None = None) -> None:
     import transformers
 
     from cli import printable
+    from data import read_prompts
     from models import end_tokens, load_pair
+    from own_rows import prompt_tokens, turn_end
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -788,10 +772,13 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
     target, draft, tokenizer = load_pair(args.target, args.draft, dtype, device)
-    inputs = [torch.tensor([tokenizer(text).input_ids], device=device).long() for text in prompts]
+    is_chat = args.chat or any(isinstance(prompt, list) for prompt in prompts)
+    tokens = [prompt_tokens(prompt, tokenizer, args.chat) for prompt in prompts]
+    inputs = [torch.tensor([ids], device=device).long() for ids in tokens]
     for ids in inputs:
         check_prompt((target, draft), ids, None, args.max_new_tokens)
-    sampling |= {"eos_token_id": end_tokens(target, tokenizer), "vocab_size": len(tokenizer)}
+    ends = end_tokens(target, tokenizer) + ([turn_end(tokenizer)] if is_chat else [])
+    sampling |= {"eos_token_id": ends, "vocab_size": len(tokenizer)}
 
     short = sampling | {"max_new_tokens": min(8, args.max_new_tokens)}
     speculative_generate(target, draft, inputs[0], **short, **drafting)  # warms both models up
@@ -810,8 +797,8 @@ def main(argv: list[str] | None = None) -> None:
         response = output.sequences[0, ids.shape[1] :]
         responses.append(tokenizer.decode(response, skip_special_tokens=True))
         if not args.json:
-            text = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
-            print(printable(text) + "\n")
+            text = response if is_chat else output.sequences[0]
+            print(printable(tokenizer.decode(text, skip_special_tokens=True)) + "\n")
 
     rate = stats.generated / seconds
     target_rate = target_tokens / target_seconds

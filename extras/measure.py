@@ -25,7 +25,7 @@ import data
 import storage
 from cli import Parser, whole
 from evaluate import clock
-from speculative import read_prompts
+from own_rows import prompt_tokens
 
 # Turns and ratios
 
@@ -151,7 +151,7 @@ def add_decoding_flags(parser: Parser) -> None:
 def load_prompts(args, tokenizer, device) -> tuple[list[torch.Tensor], str]:
     """The first --batch prompts, token ids [1, T] each, and where they come from, in words."""
     if args.prompts:
-        texts = read_prompts(args.prompts)[: args.batch]
+        texts = data.read_prompts(args.prompts)[: args.batch]
         source = Path(args.prompts).name
     else:
         task = "gsm8k" if args.data_dir else "arithmetic"
@@ -159,13 +159,8 @@ def load_prompts(args, tokenizer, device) -> tuple[list[torch.Tensor], str]:
         texts = [data.TASKS[task].prompt(row) for row in rows]
         source = f"{task} test"
     if args.chat:
-        if not tokenizer.chat_template:
-            raise ValueError(f"--chat: the tokenizer of {args.target} has no chat template")
-        chats = [[{"role": "user", "content": text}] for text in texts]
-        template = {"add_generation_prompt": True, "tokenize": False}
-        texts = [tokenizer.apply_chat_template(chat, **template) for chat in chats]
         source += ", chat template"
-    token_ids = [tokenizer(text, add_special_tokens=not args.chat).input_ids for text in texts]
+    token_ids = [prompt_tokens(text, tokenizer, args.chat) for text in texts]
     return [torch.tensor([ids], dtype=torch.long, device=device) for ids in token_ids], source
 
 

@@ -34,6 +34,7 @@ import data
 from cli import Parser, run_command, whole
 from evaluate import bootstrap_interval
 from models import end_tokens, load_pair
+from own_rows import prompt_tokens
 from speculative import (
     Lane,
     SpeculativeOutput,
@@ -44,7 +45,6 @@ from speculative import (
     draw,
     end_token_list,
     inference,
-    read_prompts,
     shared_vocabulary,
     speculative_generate,
     takes_positions,
@@ -338,14 +338,14 @@ def main(argv: list[str] | None = None) -> None:
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     check_sampling(seed=args.seed, **sampling)
     if args.prompts:
-        texts = read_prompts(args.prompts)
+        texts = data.read_prompts(args.prompts)
     else:
         rows = data.load_rows("arithmetic", "test", limit=args.limit)
         texts = [data.TASKS["arithmetic"].prompt(row) for row in rows]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target, draft, tokenizer = load_pair(args.target, args.draft, torch.float32, device)
     sampling |= {"eos_token_id": end_tokens(target, tokenizer), "vocab_size": len(tokenizer)}
-    tokens = [tokenizer(text).input_ids for text in texts[: args.limit]]
+    tokens = [prompt_tokens(text, tokenizer) for text in texts[: args.limit]]
     prompts = [torch.tensor([ids], dtype=torch.long, device=device) for ids in tokens]
     settings = {"branching": args.branching, "gamma": gamma, "seed": args.seed, **sampling}
     result = compare(target, draft, prompts, **settings)

@@ -157,7 +157,7 @@ def test_hub_path_is_the_same_code(tmp_path, monkeypatch):
     assert data.load_rows("gsm8k", "train") == sums(36)
     assert data.load_rows("gsm8k", "validation") == sums(4, 36)
     monkeypatch.setitem(data.TASKS, "gsm8k", dataclasses.replace(task, hub=(str(tmp_path / "x"),)))
-    with pytest.raises(ValueError, match="cannot load the test rows of .*x") as error:
+    with pytest.raises(ValueError, match=r"cannot load the test rows of .*x") as error:
         data.load_rows("gsm8k", "test")
     assert "\n" not in str(error.value)
 

@@ -204,7 +204,7 @@ def test_a_dataset_that_load_dataset_opens(tmp_path):
     train = data.load_rows("custom", "train", dataset=name)
     assert len(train) == 16 and train[1] == OwnRow([USER, USER], "answer", "")
     assert len(data.load_rows("custom", "test", dataset=name)) == 2
-    with pytest.raises(ValueError, match="cannot load the dataset .*nowhere"):
+    with pytest.raises(ValueError, match=r"cannot load the dataset .*nowhere"):
         data.load_rows("custom", "train", dataset=str(tmp_path / "nowhere"))
 
 
@@ -212,3 +212,25 @@ def test_a_dataset_without_a_train_split(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match=r"has no split train \(found test\)"):
         data.load_rows("custom", "train", dataset=str(tmp_path))
+
+
+def test_a_prompt_file_names_the_line_that_is_wrong(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    for content, message in (
+        (b'{"prompt": "a"}\n{"text": 1}\n', "line 2"),
+        (b"\n", "no prompts"),
+        (b"{", "line 1"),
+        (b'{"prompt": 5}', "line 1"),
+        (b'["prompt"]', "line 1"),
+        (b"[" * 100_000, "line 1"),
+        (b'{"prompt": "\xe9"}', "line 1"),
+        (rb'{"prompt": "half a pair: \ud800"}', "line 1"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message) as caught:
+            data.read_prompts(file)
+        assert "\n" not in str(caught.value)
+    file.write_bytes(
+        b'\xef\xbb\xbf{"prompt": "a\\nb"}\r\n\r\n{"messages": [{"role": "user", "content": "c"}]}'
+    )
+    assert data.read_prompts(file) == ["a\nb", [USER | {"content": "c"}]]

@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -1044,21 +1045,27 @@ def test_help_has_a_word_and_the_default_for_every_flag(capsys):
         assert f"(default: {default})" in entry and len(entry.split("(default")[0].split()) > 2
 
 
-def test_command_line_names_the_line_of_a_bad_prompt_file(tmp_path):
+def test_command_line_takes_chats(folders, capsys, tmp_path):
+    """--chat puts a text through the target's template; a file may hold chats; the text that is
+    printed is the answer alone."""
+    shutil.copytree(folders, tmp_path / "models")
+    target = tmp_path / "models" / "target"
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ' sat' if m.role == 'assistant' }}{{ m.content }}{% endfor %}"
+        "{{ ' sat' if add_generation_prompt }}"
+    )
+    tokenizer.save_pretrained(target)
     file = tmp_path / "prompts.jsonl"
-    for content, message in (
-        (b'{"prompt": "a"}\n{"text": 1}\n', "line 2"),
-        (b"\n", "no prompts"),
-        (b"{", "line 1"),
-        (b'{"prompt": 5}', "line 1"),
-        (b'["prompt"]', "line 1"),
-        (b"[" * 100_000, "line 1"),
-        (b'{"prompt": "\xe9"}', "line 1"),
-        (rb'{"prompt": "half a pair: \ud800"}', "line 1"),
-    ):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=message) as caught:
-            speculative.read_prompts(file)
-        assert "\n" not in str(caught.value)
-    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a\\nb"}\r\n\r\n{"prompt": "c", "x": 1}')
-    assert speculative.read_prompts(file) == ["a\nb", "c"]
+    file.write_text('{"messages": [{"role": "user", "content": "the cat"}]}\n')
+    texts = []
+    for prompt in (["--prompt", "the cat", "--chat"], ["--prompts", str(file)]):
+        command(tmp_path / "models", "--json", prompt=prompt)
+        texts += json.loads(capsys.readouterr().out)["texts"]
+    command(folders, "--json", prompt=["--prompt", "the cat sat"])
+    texts += json.loads(capsys.readouterr().out)["texts"]
+    assert texts[0] == texts[1] == texts[2]
+    command(tmp_path / "models", "--chat")
+    assert capsys.readouterr().out.startswith(printable(texts[0]))
+    with pytest.raises(ValueError, match="the prompt: a chat, but the tokenizer has no chat temp"):
+        command(folders, "--chat")
