@@ -54,6 +54,12 @@ class Cell:
         return self.seed if shared is None else shared
 
     @property
+    def cache_folder(self) -> Path:
+        """Where is kept what the frozen models say. A target that is taken as it is says the same
+        to all pairs and seeds; run_all.py removes its cache in the end, others with the cell."""
+        return self.folder / "cache" if self.recipe.epochs[0] else Path(self.settings.out, "cache")
+
+    @property
     def prompts_only(self) -> bool:
         """Whether the training rows have no responses (yet): the target writes them."""
         return all(len(e.input_ids) == e.prompt_length for e in self.examples)
@@ -221,7 +227,7 @@ def check_cell(cell: Cell, methods: list[Method]) -> None:
         tokens = settings.max_new_tokens * len(cell.examples)
     width = cell.models[0].get_output_embeddings().weight.shape[1]
     cache = tokens * width * cell.dtype.itemsize / 2**30
-    cached = sum(path.stat().st_size for path in cell.folder.glob("cache/*/*.bin")) / 2**30
+    cached = sum(path.stat().st_size for path in cell.cache_folder.glob("*/*.bin")) / 2**30
     free = shutil.disk_usage(settings.out).free / 2**30
     if free + cached < cache <= settings.cache_gb:
         raise ValueError(

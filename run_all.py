@@ -201,6 +201,8 @@ def checked_cells(
             yield prepare(pair, task, seed, settings, device)
             if rank() == 0:
                 write_results(settings.out, started)
+        if rank() == 0:
+            storage.remove_folder(Path(settings.out, "cache"))
 
 
 def print_tables(rows: list[dict], out: str) -> None:

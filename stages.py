@@ -175,7 +175,7 @@ def token_cache(cell, kind: str, models: str, examples, width: int, dtype) -> To
     fit."""
     identity = {"of": models, "data": digest(examples), "dtype": cell.settings.dtype}
     identity["batch"] = cell.rows_at_once
-    folder = cell.folder / "cache" / kind
+    folder = cell.cache_folder / kind
     cache = TokenCache(folder, fingerprint(identity), examples, width, dtype, cell.rows_at_once)
     there = sum(path.stat().st_size for path in folder.glob(f"{cache.fingerprint}*.bin"))
     cell.folder.mkdir(parents=True, exist_ok=True)
