@@ -45,8 +45,8 @@ def evaluate(
     name: str,
     ends: list[int] | None = None,
 ) -> list[dict]:
-    """A row of the table for every draft {label: model} and temperature 0 and 1. `ends`: the tokens
-    that end a response (default: the tokenizer's end token).
+    """A row of the table for every draft {label: model} and temperature of the settings. `ends`:
+    the tokens that end a response (default: the tokenizer's end token).
 
     Prompts are decoded in batches, which are dealt to the ranks; the speed-up is measured on the
     first `timed_prompts` one by one, on rank 0, and only its rows have it.
@@ -60,9 +60,10 @@ def evaluate(
         "eos_token_id": ends or [tokenizer.eos_token_id],
         "vocab_size": len(tokenizer),
     }
-    bar = progress(2 * (len(groups) + len(timed)), name, "batch")
+    turns = len(settings.temperatures) * (len(groups) + len(timed))
+    bar = progress(turns, name, "batch")
     rows = []
-    for temperature in (0.0, 1.0):
+    for temperature in settings.temperatures:
         records = {label: {} for label in drafts}  # this rank's, by group of prompts
         for number, group in enumerate(groups):
             check_stop()
@@ -137,7 +138,8 @@ def decode_group(
 
 
 def acceptance_row(records: list[Record]) -> dict:
-    """alpha with its interval over prompts, tau, expected acceptance, agreement, counts."""
+    """alpha with its interval over prompts, tau, expected acceptance, agreement, counts, which are
+    pooled over prompts, and acceptance by draft position."""
     stats = sum((record.stats for record in records), Stats())
     accepted = [record.stats.accepted for record in records]
     judged = [record.stats.accepted + record.stats.rejected for record in records]
@@ -150,6 +152,17 @@ def acceptance_row(records: list[Record]) -> dict:
         "expected_acceptance": sum(overlap) / len(overlap),
         "agreement": sum(agree) / len(agree),
         "counts": asdict(stats),
+        **acceptance_by_position(stats),
+    }
+
+
+def acceptance_by_position(stats: Stats) -> dict[str, list[float]]:
+    """The acceptance of a round's first draft, its second and so on: of those that were judged, for
+    which all drafts before had to pass (conditional), and of all rounds (unconditional)."""
+    pairs = list(zip(*stats.per_position, strict=True))
+    return {
+        "conditional_acceptance": [accepted / judged for accepted, judged in pairs],
+        "unconditional_acceptance": [accepted / stats.rounds for accepted, _ in pairs],
     }
 
 
@@ -220,6 +233,7 @@ def timings(
         speeds[label] = {
             "speedup": statistics.median(ratios),
             "tokens_per_second": statistics.median(rates[label]),
+            "target_tokens_per_second": statistics.median(rates[None]),
             "seconds_per_response": statistics.median(seconds[label]),
         }
     costs = {}

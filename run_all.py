@@ -42,7 +42,7 @@ from ranks import from_rank_0, leave, rank, say, setup, world_size
 from settings import Method, Settings, parse_settings
 from stages import fit, training_cost, written_by_target
 from storage import Model
-from tables import over_seeds, table
+from tables import in_order, markdown_text, terminal_text
 from train import adaspec_step, distillation_step, fine_tuning_step
 
 
@@ -88,6 +88,7 @@ def evaluate_drafts(
     for label, draft in drafts.items():
         models = [target.fingerprint, draft.fingerprint]
         subjects[label] = {"draft": label, "models": models, "prompts": digest(cell.test)}
+        subjects[label]["temperatures"] = list(cell.settings.temperatures)
         paths[label] = evaluation_path(cell, label)
         record = from_rank_0(storage.read_json(paths[label]) if rank() == 0 else None)
         if record.get("subject") == subjects[label]:
@@ -146,7 +147,8 @@ def remove_outdated(folder: Path, subject: dict) -> None:
 
 
 def write_results(out: str, started: float) -> None:
-    """Put the rows of all cells under `out`, not only this command's, into results.json."""
+    """Put the rows of all cells under `out`, not only this command's, into results.json, and their
+    tables into results.md."""
     paths = sorted(Path(out).glob("*/*/seed*/evaluations/*.json"))
     records = [record for record in map(storage.read_json, paths) if record]
     results = {
@@ -158,6 +160,8 @@ def write_results(out: str, started: float) -> None:
         "rows": [row for record in records for row in record["rows"]],
     }
     storage.write_json(Path(out, "results.json"), results)
+    page = markdown_text(in_order(results["rows"]), results["machine"])
+    storage.write_file(Path(out, "results.md"), lambda file: file.write(page.encode()))
 
 
 # From the command line to the cells
@@ -206,8 +210,10 @@ def checked_cells(
 
 
 def print_tables(rows: list[dict], out: str) -> None:
-    say(f"\n{table(rows)}\n{over_seeds(rows)}")
-    say(f"Results: {out}/results.json; models: {out}/<pair>/<task>/seed<n>/")
+    say(f"\n{terminal_text(rows)}\n")
+    say(f"Results: {out}/results.json and results.md; models: {out}/<pair>/<task>/seed<n>/")
+    if any(row["pair"].startswith("custom") for row in rows):
+        say("To serve the pair: docs/serving.md")
 
 
 def quiet_libraries() -> None:

@@ -166,6 +166,8 @@ PRESETS = {
         "eval_prompts": 100,
     }
 }
+# How others report acceptance. None pools counts otherwise than we do: over all prompts.
+PROTOCOLS = {"paper": {"gamma": 4, "temperatures": (0.0,), "max_new_tokens": 512}}
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,13 @@ class Settings:
         None, one_of(DTYPES), "autocast type; without it bfloat16 on a GPU, float32 on a CPU"
     )
 
+    protocol: str | None = flag(
+        None,
+        one_of(PROTOCOLS),
+        "paper: gamma 4, greedy alone, 512 new tokens; --gamma and --max-new-tokens go before it",
+        "evaluation",
+    )
+    temperatures: tuple[float, ...] = (0.0, 1.0)
     gamma: int = flag(5, whole(), "tokens drafted a round", "evaluation")
     max_new_tokens: int = flag(128, whole(2), "tokens of a response", "evaluation")
     split: str = "test"  # choose on validation rows
@@ -268,8 +277,9 @@ class Settings:
 def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Settings, list[Method]]:
     """The settings and methods that a command line asks for; exits with one line where it cannot
     be right."""
-    preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
+    chosen = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**PRESETS.get(chosen.preset, {}))
+    parser.set_defaults(**PROTOCOLS.get(chosen.protocol, {}))
     arguments = vars(parser.parse_args(argv))
     names = {setting.name for setting in fields(settings_class)}
     settings = settings_class(**{key: arguments[key] for key in names & arguments.keys()})

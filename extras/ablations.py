@@ -219,8 +219,9 @@ def add_speedups(cell: Cell, target: Model, drafts: dict, rows: list[dict]) -> N
         networks[label] = load_model(draft.path, cell.dtype, cell.device)
     sampling = {"eos_token_id": cell.ends, "vocab_size": len(cell.tokenizer)}
     sampling["max_new_tokens"] = settings.max_new_tokens
-    bar = progress(2 * (len(gammas) - 1) * len(prompts), f"{cell.task} speed-ups", "prompt")
-    for temperature in (0.0, 1.0):
+    turns = len(settings.temperatures) * (len(gammas) - 1) * len(prompts)
+    bar = progress(turns, f"{cell.task} speed-ups", "prompt")
+    for temperature in settings.temperatures:
         sampling["temperature"] = temperature
         own_rows = {row["draft"]: row for row in rows if row["temperature"] == temperature}
         speedups = {label: {} for label in drafts}

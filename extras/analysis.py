@@ -20,7 +20,7 @@ import transformers
 import data
 from adaspec import select_tokens, token_kl
 from cli import Parser, one_of, run_command, whole
-from extras.bench_decode import predicted_speedup, recommend
+from costs import predicted_speedups, recommend
 from models import load_model, load_tokenizer
 from speculative import inference, speculative_generate
 from tables import grid
@@ -108,19 +108,9 @@ def picture(target, base, reference, draft, prompt, tokenizer, k, gamma, max_new
 # Cost by gamma
 
 
-def predicted_speedups(row: dict) -> dict[int, float]:
-    """Speed-up over the target alone by gamma, of a row of results.json: its tau by gamma over the
-    costs of a round. The loop's own time is not in it."""
-    speedups = {}
-    for gamma, tau in row["tau_by_gamma"].items():
-        scoring = row["scoring_ratio"][gamma]
-        speedups[int(gamma)] = predicted_speedup(tau, int(gamma), row["cost_ratio"], scoring, 0)
-    return speedups
-
-
 def cost_table(rows: list[dict]) -> str:
     """Predicted speed-up by gamma and the best gamma, a line a row that has the costs."""
-    rows = [row for row in rows if "tau_by_gamma" in row and row.get("cost_ratio")]
+    rows = [row for row in rows if predicted_speedups(row)]
     if not rows:
         raise ValueError("no row has tau_by_gamma and costs: they are measured with timed prompts")
     columns = ["task", "pair", "seed", "T", "draft", "c"]

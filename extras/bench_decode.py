@@ -16,6 +16,7 @@ import torch
 
 import models
 from cli import Parser, run_command
+from costs import predicted_speedup, recommend
 from evaluate import GAMMAS, clock, step_seconds
 from extras import measure
 from speculative import (
@@ -40,25 +41,6 @@ RATIOS = {  # of tokens per second: name -> contestant, baseline
 
 
 # The cost model
-
-
-def predicted_speedup(tau: float, gamma: float, c: float, v: float, o: float) -> float:
-    """tau / (gamma c + v + o): tokens a round over its cost, in tokens of the target alone.
-
-    tau: tokens a round; gamma: drafts a round; c: a draft step; v: the target scoring gamma + 1
-    positions; o: all else.
-    """
-    return tau / (gamma * c + v + o)
-
-
-def break_even(tau: float, gamma: float, v: float, o: float) -> float:
-    """The c at which `predicted_speedup` is 1. Below 0: even a free draft would not gain."""
-    return (tau - v - o) / gamma
-
-
-def recommend(predictions: dict[int, float]) -> int:
-    """The gamma of the largest predicted speed-up; of equals the smallest."""
-    return max(sorted(predictions), key=predictions.get)
 
 
 def cost_model(steps: dict, timed: list[dict], clocked: list[dict], gamma: int) -> dict:

@@ -24,8 +24,9 @@ import transformers
 
 import models
 from cli import Parser, run_command, whole
+from costs import break_even_cost
 from extras import engine_worker, measure
-from extras.bench_decode import Contest, Turn, break_even
+from extras.bench_decode import Contest, Turn
 from speculative import autoregressive_generate, check_prompt, until_end
 
 PROMPT = """\
@@ -374,7 +375,7 @@ def speed(alone: list, turns: list, new: int, calls: int) -> dict:
     c = statistics.median(spent / count for _, count, spent in turns) / unit
     rest = statistics.median(seconds) / calls / unit - steps * c
     cost = {"unit_seconds": unit, "tau": new / calls, "drafts": steps, "c": c, "v+o": rest}
-    cost["break_even_c"] = break_even(cost["tau"], steps, rest, 0)
+    cost["break_even_c"] = break_even_cost(cost["tau"], steps, rest, 0)
     return {"speedup": measure.ratios(alone_seconds, seconds), "cost_model": cost}
 
 

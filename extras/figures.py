@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from extras.analysis import predicted_speedups
+from costs import predicted_speedups
 from speculative import Stats
 from tables import T_QUANTILE, mean_interval
 
@@ -238,7 +238,7 @@ def epochs_sweep(rows: list[dict]) -> list[dict]:
 
 
 def with_costs(rows: list[dict]) -> list[dict]:
-    return [row for row in plain(rows) if "tau_by_gamma" in row and row.get("cost_ratio")]
+    return [row for row in plain(rows) if predicted_speedups(row)]
 
 
 class Kind(NamedTuple):

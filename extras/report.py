@@ -4,6 +4,7 @@
     python -m extras.report --check                            # exit code 1 if it is not up to date
     python -m extras.report add NAME RUNS/results.json ... --title TEXT --note TEXT
     python -m extras.report figures RUNS/results.json FOLDER   # needs matplotlib
+    python -m extras.report show RUNS                          # a run's tables once more
 
 A study is a file of results/ with the key "study": the rows of one comparison, from one run or
 more, and what to say about them. `check_study` holds it to what its table prints.
@@ -21,7 +22,7 @@ from extras.ablations import COMPARISONS
 from extras.figures import MOST_SEEDS, distinct, figures
 from extras.measure import portable
 from settings import METHODS
-from tables import grid, interval
+from tables import grid, in_order, interval, table_order, terminal_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path("docs", "results.md")
@@ -436,16 +437,19 @@ def add(args, folder: Path) -> None:
     print(f"{path}: {len(rows)} rows, {size:.1f} kB; now python -m extras.report")
 
 
+def show(path: Path) -> str:
+    """The tables of a run, given as its folder or its results.json, for a terminal."""
+    run = load_run(path / "results.json" if path.is_dir() else path)
+    if not run["rows"]:
+        raise ValueError(f"{path} has no rows yet: no cell of the run is finished")
+    # a study has the versions once, for all of its rows
+    rows = [{"torch": run.get("torch"), **row} for row in run["rows"]]
+    return terminal_text(in_order(rows), run.get("machine", "its machine"))
+
+
 def as_module(command: str) -> str:
     """The command as it was typed: a run knows `python -m extras.NAME` by the script's path."""
     return re.sub(r"(?<=\s)\S*\bextras/(\w+)\.py\b", r"-m extras.\1", command)
-
-
-def table_order(row: dict) -> tuple:
-    """The base first, then drafts by method."""
-    names = ("base", "DistillSpec", "AdaSPEC", "best", "EAGLE")
-    method = row.get("draft", "").split(" ")[0]
-    return names.index(method) if method in names else len(names), row.get("draft", "")
 
 
 def joined(values) -> str:
@@ -490,6 +494,8 @@ def parse_arguments(argv):
     flag("results", help="results.json of the run")
     flag("folder", help="where the PNG files go")
     flag("--picture", action="append", default=[], help="a file of extras.analysis picture")
+    flag = commands.add_parser("show", help="print the tables of a run").add_argument
+    flag("run", type=Path, help="the run's folder (--out), or its results.json")
     return parser.parse_args(argv)
 
 
@@ -502,6 +508,9 @@ def main(argv=None, root: Path = ROOT) -> int:
     if args.command == "figures":
         pictures = [load_json(path) for path in args.picture]
         print(*figures(load_run(args.results)["rows"], args.folder, pictures), sep="\n")
+        return 0
+    if args.command == "show":
+        print(show(args.run))
         return 0
     page = results_page(root / "results")
     path = root / PAGE
