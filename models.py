@@ -13,7 +13,13 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPTNeoXConfig,
+)
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
@@ -202,6 +208,51 @@ def end_tokens(model, tokenizer) -> list[int]:
         if ends is not None:
             return [ends] if isinstance(ends, int) else list(ends)
     return []
+
+
+# Of a generation_config.json, what changes the tokens that generate() draws, and the values at
+# which it changes nothing. Applied to one model of a pair alone, it would change acceptance.
+NEUTRAL = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "guidance_scale": 1.0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+}
+
+
+def ignored_settings(target: str, draft: str) -> str:
+    """One line: which generation settings the models bring along, which nothing here applies to
+    either; "" where they have none. Names are folders or Hub ids."""
+    parts = []
+    for role, name in (("target", target), ("draft", draft)):
+        try:
+            config = GenerationConfig.from_pretrained(name)
+        except OSError:  # it has none
+            continue
+        for key, neutral in NEUTRAL.items():
+            value = getattr(config, key, None)
+            if value not in (None, neutral):
+                parts.append(f"the {role}'s {key} {value}")
+    if not parts:
+        return ""
+    text = f"Ignored on both sides, of the models' own generation settings: {', '.join(parts)}"
+    return printable(text)
 
 
 def scratch_model(sizes: dict, tokenizer, seed: int) -> torch.nn.Module:

@@ -37,7 +37,7 @@ from cells import (
 from cli import Parser, add_flags, run_command
 from data import digest
 from evaluate import evaluate
-from models import load_model
+from models import ignored_settings, load_model
 from ranks import from_rank_0, leave, rank, say, setup, world_size
 from settings import Method, Settings, parse_settings
 from stages import fit, training_cost, written_by_target
@@ -201,12 +201,22 @@ def checked_cells(
             cell = prepare(pair, task, settings.seeds[0], settings, device)
             check_cell(cell, methods)
             say(cell.plan)
+            if task == settings.tasks[0]:
+                say_ignored_settings(cell)
         for pair, task, seed in product(settings.pairs, settings.tasks, settings.seeds):
             yield prepare(pair, task, seed, settings, device)
             if rank() == 0:
                 write_results(settings.out, started)
         if rank() == 0:
             storage.remove_folder(Path(settings.out, "cache"))
+
+
+def say_ignored_settings(cell: Cell) -> None:
+    """What a pretrained pair would generate with elsewhere, and does not here."""
+    if not isinstance(cell.pair.target, dict):
+        ignored = ignored_settings(cell.model_names[0], cell.model_names[-1])
+        if ignored:
+            say(ignored)
 
 
 def print_tables(rows: list[dict], out: str) -> None:

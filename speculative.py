@@ -759,7 +759,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from cli import printable
     from data import read_prompts
-    from models import end_tokens, load_pair
+    from models import end_tokens, ignored_settings, load_pair
     from own_rows import prompt_tokens, turn_end
 
     transformers.logging.set_verbosity_error()
@@ -777,6 +777,9 @@ def main(argv: list[str] | None = None) -> None:
     inputs = [torch.tensor([ids], device=device).long() for ids in tokens]
     for ids in inputs:
         check_prompt((target, draft), ids, None, args.max_new_tokens)
+    ignored = ignored_settings(args.target, args.draft)
+    if ignored and not args.json:
+        print(f"{ignored} (--temperature, --top-k and --top-p decide)\n")
     ends = end_tokens(target, tokenizer) + ([turn_end(tokenizer)] if is_chat else [])
     sampling |= {"eos_token_id": ends, "vocab_size": len(tokenizer)}
 
@@ -808,6 +811,7 @@ def main(argv: list[str] | None = None) -> None:
         rates = {name: None if math.isnan(value) else value for name, value in rates.items()}
         rates |= {"tokens_per_second": rate, "target_tokens_per_second": target_rate}
         result = {**vars(args), "device": str(device), **asdict(stats), **rates}
+        result["ignored_settings"] = ignored
         print(json.dumps({**result, "speedup": speedup, "texts": responses}))
     else:
         speeds = f"{rate:.1f} tokens/s, the target alone {target_rate:.1f}: speed-up {speedup:.2f}"

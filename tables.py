@@ -2,7 +2,6 @@
 draft position, what training took, means over seeds. Aligned for a terminal, or as Markdown.
 """
 
-import math
 import statistics
 import textwrap
 from collections import defaultdict
@@ -294,8 +293,10 @@ def verdict(rows: list[dict], machine: str) -> str:
         gamma = recommend(predictions)
         speedups[name] = predictions[gamma]
         parts.append(f"{speedups[name]:.2f}x at {name} (gamma {gamma})")
-        expected = predictions.get(run_gamma, math.nan)
-        checks.append(f"{measured:.2f}x for {expected:.2f}x")
+        check = f"{measured:.2f}x"
+        if run_gamma in predictions:
+            check += f" (predicted {predictions[run_gamma]:.2f}x)"
+        checks.append(check)
     gaining = [name for name, speedup in speedups.items() if speedup > 1]
     answer = f"pays on {machine}" if gaining else f"does not pay on {machine}"
     if 0 < len(gaining) < len(speedups):
@@ -304,11 +305,10 @@ def verdict(rows: list[dict], machine: str) -> str:
     acceptance = break_even(rows)
     if not acceptance:
         return f"{text}, as measured; the costs of other gammas are not known."
-    where = (
-        "at no acceptance" if acceptance == "never" else f"from an acceptance of {acceptance} on"
-    )
-    check = f"Measured for predicted, gamma {run_gamma}: {', '.join(checks)}."
-    return f"{text}; it would {where}. {check}"
+    where = "at no acceptance"
+    if acceptance != "never":
+        where = f"from an acceptance of {acceptance} on"
+    return f"{text}; it would {where}. Measured at gamma {run_gamma}: {', '.join(checks)}."
 
 
 def mean_predictions(rows: list[dict]) -> dict[int, float]:

@@ -2,10 +2,11 @@
 
     python -m extras.bench_decode --target DIR --draft DIR --json decode.json
 
-Greedy, float32. Four contestants decode each prompt alone: "speculative" (speculative_generate),
-"assisted" (transformers' assisted generation, as many drafts a round), "autoregressive" and
-"generate" (transformers'). All but "assisted" also decode all prompts as a batch. All must write
-the same tokens.
+Greedy, float32. Five contestants decode each prompt alone: "speculative" (speculative_generate),
+"assisted" (transformers' assisted generation, as many drafts a round), "lookup" (transformers'
+prompt lookup, which needs no draft: it copies up to as many tokens from where the last ones stood
+before), "autoregressive" and "generate" (transformers'). All but "assisted" and "lookup" also
+decode all prompts as a batch. All must write the same tokens.
 """
 
 import statistics
@@ -32,6 +33,8 @@ from speculative import (
 
 RATIOS = {  # of tokens per second: name -> contestant, baseline
     "speculative_vs_assisted": ("speculative", "assisted"),
+    "speculative_vs_lookup": ("speculative", "lookup"),
+    "lookup_vs_generate": ("lookup", "generate"),
     "batch_vs_assisted": ("speculative batch", "assisted"),
     "autoregressive_vs_generate": ("autoregressive", "generate"),
     "batch_autoregressive_vs_generate": ("autoregressive batch", "generate batch"),
@@ -97,16 +100,19 @@ class Contest:
             return speculative_generate(self.target, self.draft, ids, mask, **options)
         if contestant == "autoregressive":
             return autoregressive_generate(self.target, ids, mask, **options)
-        draft = self.draft if contestant == "assisted" else None
-        return self.target.generate(ids, attention_mask=mask, assistant_model=draft)
+        drafting = {
+            "assisted": {"assistant_model": self.draft},
+            "lookup": {"prompt_lookup_num_tokens": self.gamma},
+        }
+        return self.target.generate(ids, attention_mask=mask, **drafting.get(contestant, {}))
 
     def take_turns(self, prompts: list, number: int, watched: bool) -> tuple[dict, list]:
         """Every contestant's `Turn` at the prompts together, and what all of them write after each
         prompt. Raises ValueError where they differ."""
         ids, mask = left_pad([prompt[0] for prompt in prompts], self.target.device)
-        contestants = ["speculative", "assisted", "autoregressive", "generate"]
-        if len(prompts) > 1:
-            contestants.remove("assisted")
+        contestants = ["speculative", "autoregressive", "generate"]
+        if len(prompts) == 1:  # transformers drafts for one prompt at a time
+            contestants += ["assisted", "lookup"]
         turns = {}
         texts = {}
         for name in measure.rotated(contestants, number):
@@ -265,6 +271,7 @@ def decode(args) -> dict:
         "protocol": protocol | {"rounds": args.rounds, "device": str(device)},
         "alpha": stats.alpha,
         "tau": stats.tau,
+        "lookup_tau": sum(lengths) / calls["lookup"]["target_calls"],
         "ratios": {
             name: measure.ratios(seconds[baseline], seconds[contestant])
             for name, (contestant, baseline) in RATIOS.items()
@@ -289,6 +296,7 @@ def report(result: dict) -> None:
     count = sum(lengths)
     print(f"{len(lengths)} prompts ({protocol['prompts']}), {count} new tokens, the same from all")
     print(f"gamma {gamma}, alpha {result['alpha']:.3f}, tau {result['tau']:.2f}")
+    print(f"without a draft, by prompt lookup: tau {result['lookup_tau']:.2f}")
     print("ratios of tokens per second: median of the rounds (low to high)")
     for name, ratio in result["ratios"].items():
         print(f"  {' / '.join(RATIOS[name]):<44} {measure.brief(ratio, '.3f')}")
