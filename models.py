@@ -236,11 +236,11 @@ NEUTRAL = {
 }
 
 
-def ignored_settings(target: str, draft: str) -> str:
-    """One line: which generation settings the models bring along, which nothing here applies to
-    either; "" where they have none. Names are folders or Hub ids."""
+def ignored_settings(*names: str) -> str:
+    """One line: which generation settings a target and its draft (folders or Hub ids) bring along,
+    that nothing here applies to either; "" where they have none."""
     parts = []
-    for role, name in (("target", target), ("draft", draft)):
+    for role, name in zip(("target", "draft"), names, strict=False):
         try:
             config = GenerationConfig.from_pretrained(name)
         except OSError:  # it has none

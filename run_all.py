@@ -214,7 +214,7 @@ def checked_cells(
 def say_ignored_settings(cell: Cell) -> None:
     """What a pretrained pair would generate with elsewhere, and does not here."""
     if not isinstance(cell.pair.target, dict):
-        ignored = ignored_settings(cell.model_names[0], cell.model_names[-1])
+        ignored = ignored_settings(*cell.model_names)
         if ignored:
             say(ignored)
 

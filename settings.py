@@ -166,7 +166,7 @@ PRESETS = {
         "eval_prompts": 100,
     }
 }
-# How others report acceptance. None pools counts otherwise than we do: over all prompts.
+# How drafts are evaluated elsewhere; counts are pooled over prompts, there as here
 PROTOCOLS = {"paper": {"gamma": 4, "temperatures": (0.0,), "max_new_tokens": 512}}
 
 

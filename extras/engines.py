@@ -135,6 +135,7 @@ def print_commands(args) -> None:
     if configs[0].vocab_size != configs[1].vocab_size:
         outs = [str(Path(args.out, role)) for role in ("target", "draft")]
         folders = [*map(cut_vocabulary, folders, outs)]
+    print("# docs/serving.md makes the environments of vllm and openvino")
     for engine, command in serving_commands(*folders, args.gamma).items():
         problem = unservable(engine, [config.model_type for config in configs])
         print(f"# {engine}: cannot serve it: {problem}" if problem else f"# {engine}\n{command}")

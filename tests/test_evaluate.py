@@ -65,6 +65,13 @@ def test_counts_are_those_of_decoding_one_by_one(rows, pair, examples, decoding)
         low, high = row["alpha_interval"]
         assert low <= row["alpha"] <= high and low < high
         assert row["draft"] == "noisy" and row["speedup"] > 0
+        accepted, judged = counts.per_position
+        assert judged[0] == counts.rounds and len(judged) >= 3
+        for i, (conditional, of_all) in enumerate(
+            zip(row["conditional_acceptance"], row["unconditional_acceptance"], strict=True)
+        ):
+            assert conditional == accepted[i] / judged[i]
+            assert of_all == accepted[i] / counts.rounds
 
 
 def test_tau_by_gamma_is_that_of_decoding(rows, pair, examples, decoding):
@@ -123,6 +130,12 @@ def test_a_drafts_numbers_do_not_hang_on_other_drafts_and_batches(
     changed = rows_of(pair, examples[:6], tokenizer, replace(SETTINGS, eval_batch=6), seed=8)
     assert changed[0]["counts"] == rows[0]["counts"], "greedy decoding draws nothing"
     assert numbers(changed)[1] != numbers(rows)[1], "draws come from the seed"
+
+
+def test_the_temperatures_are_those_of_the_settings(rows, pair, examples, tokenizer, untimed):
+    settings = replace(SETTINGS, temperatures=(1.0,))
+    (row,) = rows_of(pair, examples[:6], tokenizer, settings)
+    assert row["temperature"] == 1.0 and row["counts"] == rows[1]["counts"]
 
 
 def test_the_target_as_its_own_draft_is_always_accepted(pair, examples, tokenizer, untimed):
@@ -269,7 +282,8 @@ def test_timings_are_medians_over_prompts_without_the_warm_up(make_model, monkey
     bar = SimpleNamespace(update=lambda: None)
     speeds, ratios = timings(target, {"draft": draft}, prompts, 6, {"temperature": 0.5}, 9, bar)
     # tokens a second: 8, 2, 4 alone, 6, 6, 24 with the draft; ratios 0.75, 3, 6
-    assert speeds == {"draft": {"speedup": 3, "tokens_per_second": 6, "seconds_per_response": 2}}
+    draft_speeds = {"speedup": 3, "tokens_per_second": 6, "seconds_per_response": 2}
+    assert speeds == {"draft": draft_speeds | {"target_tokens_per_second": 4}}
     assert ratios == {
         "draft": 0.5,  # of 0.5, 0.1, 0.75
         1: 2.0,  # of 2, 5, 1

@@ -104,7 +104,7 @@ def test_the_ground_floor_stands_alone(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "| AdaSPEC |" in done.stdout and "tests/test_run_all.py::" in done.stdout
+    assert "\nAcceptance:\n" in done.stdout and "tests/test_run_all.py::" in done.stdout
     assert (tmp_path / "runs" / "results.json").is_file()
 
 

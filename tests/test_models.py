@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     BertConfig,
+    GenerationConfig,
     GPTNeoXConfig,
     PreTrainedTokenizerFast,
     T5Config,
@@ -478,3 +479,25 @@ def test_a_hub_id_is_its_name_and_revision(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert model_identity("org/name", tmp_path) == f"org/name@{commit}"
+
+
+# Generation settings
+
+
+def test_generation_settings_that_are_ignored_are_named(tmp_path, make_model):
+    for name, changes in (
+        ("plain", {}),
+        ("neutral", {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}),
+        ("own", {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1}),
+        ("other", {"no_repeat_ngram_size": 3}),
+    ):
+        GenerationConfig(eos_token_id=1, **changes).save_pretrained(tmp_path / name)
+    (tmp_path / "none").mkdir()
+    own, other, *quiet = (str(tmp_path / n) for n in ("own", "other", "plain", "neutral", "none"))
+    assert models.ignored_settings(own, other) == (
+        "Ignored on both sides, of the models' own generation settings: the target's temperature "
+        "0.6, the target's repetition_penalty 1.1, the draft's no_repeat_ngram_size 3"
+    )
+    assert models.ignored_settings(own).endswith("repetition_penalty 1.1"), "an EAGLE head"
+    for name in quiet:
+        assert models.ignored_settings(name, name) == ""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import data
 import run_all
@@ -137,8 +137,12 @@ def test_what_is_finished_is_used_again(run_copy, short_flags, capsys):
     ordered = [row for draft in ("base", "DistillSpec", "AdaSPEC") for row in rows
                if row["draft"] == draft]  # fmt: skip
     ordered.sort(key=lambda row: row["temperature"])
-    assert f"\n{tables.table(ordered)}\n" in printed
-    assert f"Results: {run_copy}/results.json" in printed
+    assert f"\n{tables.terminal_text(ordered)}\n" in printed
+    assert f"Results: {run_copy}/results.json and results.md" in printed
+    assert "pays on this machine" in printed or "does not pay on this machine" in printed
+    assert "docs/serving.md" not in printed, "nobody serves the tiny pair"
+    page = tables.markdown_text(ordered, results_of(run_copy)["machine"])
+    assert (run_copy / "results.md").read_text() == page
 
 
 def test_a_changed_setting_reruns_what_depends_on_it(run_copy, short_flags, capsys):
@@ -179,6 +183,15 @@ def test_a_retrained_drafts_old_rows_go(tmp_path):
     assert sorted({(row["draft"], row["prompts"]) for row in rows}) == [
         ("AdaSPEC", 2), ("DistillSpec", 4), ("base", 2), ("base", 3), ("base", 4),
     ]  # fmt: skip
+
+
+def test_other_temperatures_are_evaluated_anew(tmp_path):
+    for temperatures in ((0.0, 1.0), (0.0,)):
+        run_toy(tmp_path, METHODS["distillspec"], max_steps=1, temperatures=temperatures)
+        rows = results_of(tmp_path)["rows"]
+        assert labels_of(rows) == [(t, row["draft"]) for row in rows[:: len(temperatures)]
+                                   for t in temperatures]  # fmt: skip
+        assert len(rows) == 2 * len(temperatures)
 
 
 def test_other_prompts_are_evaluated_anew(tmp_path):
@@ -385,8 +398,12 @@ def test_an_own_pair_is_what_its_models_hold(tmp_path, tokenizer, make_model, ca
         flags += ["--out", out, "--pairs", "custom", "--tasks", "custom"]
         run_all.main([*FEW, *map(str, flags), "--methods", "distillspec", "--max-steps", "1"])
         printed = capsys.readouterr().out
+        assert printed.endswith("To serve the pair: docs/serving.md\n")
+        assert printed.count("the target's repetition_penalty 1.3\n") == 1, "said once"
         return printed.count(": done before"), printed.count(": 1 steps")
 
+    for target, _ in pairs:
+        GenerationConfig(repetition_penalty=1.3).save_pretrained(target)
     target, draft = pairs[0]
     assert run(target, draft) == (0, 2)
     assert set(settings_of(out)) == {"target", "distilled-3-epochs"}
@@ -422,7 +439,7 @@ def test_two_ranks_end_in_the_same_models(tmp_path, tokenizer, make_model):
     command = [sys.executable, "-m", *launcher, str(ROOT / "run_all.py"), *flags, str(double)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("| AdaSPEC |") == 3, "only rank 0 may print"
+    assert done.stdout.count("\nAcceptance:\n") == 1, "only rank 0 may print"
     paths = list(single.rglob("model.safetensors"))
     assert len(paths) == 3
     for path in paths:

@@ -147,6 +147,15 @@ def test_a_preset_gives_defaults():
     assert (settings.limit, settings.tasks, settings.max_length) == (5, ("gsm8k",), 128)
 
 
+def test_a_protocol_gives_defaults_of_the_evaluation():
+    settings, _ = parse("--protocol", "Paper", "--preset", "tiny")
+    assert (settings.gamma, settings.temperatures, settings.max_new_tokens) == (4, (0.0,), 512)
+    assert settings.limit == 2000, "the preset's"
+    settings, _ = parse("--gamma", "7", "--protocol=paper", "--max-new-tokens", "64")
+    assert (settings.gamma, settings.temperatures, settings.max_new_tokens) == (7, (0.0,), 64)
+    assert parse()[0].temperatures == (0.0, 1.0)
+
+
 def test_flags_are_fields():
     flags = "--pairs custom --target a --draft b --seeds 3,1 --cache-gb 0 --save-minutes 0.5"
     flags += " --micro-batch 2 --max-steps 7 --gamma 3 --eval-prompts 9 --timed-prompts 2"
@@ -183,6 +192,7 @@ def test_flags_are_fields():
         ("--k 0", "argument --k: must be a number above 0 and at most 1, got '0'"),
         ("--k 1.01", "argument --k: must be a number above 0 and at most 1"),
         ("--k nan", "argument --k: must be"),
+        ("--protocol papper", "argument --protocol: unknown name 'papper', did you mean 'paper'?"),
         ("--gamma 0", "argument --gamma: must be a whole number of at least 1, got '0'"),
         ("--gamma 2.5", "argument --gamma: must be a whole number"),
         ("--lr 0", "argument --lr: must be a number above 0 and finite"),

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
+    GenerationConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
     T5Config,
@@ -952,6 +953,19 @@ def test_command_line_prints_text_and_rates(folders, capsys):
     text = tokenizer.decode(text, skip_special_tokens=True)
     assert out.startswith(printable(text))
     assert "alpha 0." in out and "tau " in out and "speed-up" in out
+
+
+def test_command_line_says_which_generation_settings_it_ignores(folders, capsys, tmp_path):
+    """A draft with a repetition penalty of its own writes what it writes without."""
+    shutil.copytree(folders, tmp_path, dirs_exist_ok=True)
+    GenerationConfig(repetition_penalty=5.0).save_pretrained(tmp_path / "draft")
+    command(folders, "--json")
+    command(tmp_path, "--json")
+    plain, own = map(json.loads, capsys.readouterr().out.splitlines())
+    assert own["per_position"] == plain["per_position"] and plain["ignored_settings"] == ""
+    assert own["ignored_settings"].endswith("settings: the draft's repetition_penalty 5.0")
+    command(tmp_path)
+    assert capsys.readouterr().out.startswith(own["ignored_settings"] + " (--temperature, ")
 
 
 def test_command_line_escapes_control_characters(folders, capsys):

@@ -10,7 +10,10 @@ ROW = {
     "agreement": 0.55, "speedup": 1.239, "regime": "3-epoch", "prompts": 6, "split": "test",
     "timed_prompts": 1, "gamma": 5, "max_new_tokens": 12, "dtype": "float32", "ranks": 1,
     "device": "cpu", "torch": "2.0", "epochs": 2.0, "steps": 6, "loss_tokens": 3504,
-    "target_forwards": 48, "seconds": 1.4,
+    "target_forwards": 48, "seconds": 1.4, "cost_ratio": 0.25,
+    "counts": {"rounds": 60, "accepted": 60, "rejected": 40, "per_position": [[40, 20], [60, 40]]},
+    "tau_by_gamma": {"1": 1.8, "2": 2.4, "3": 2.7},
+    "scoring_ratio": {"1": 1.0, "2": 1.1, "3": 1.25},
 }  # fmt: skip
 TRAINING = ("epochs", "steps", "loss_tokens", "target_forwards", "seconds")
 
@@ -20,40 +23,63 @@ def base_row(**changes):
     return row | {"draft": "base"} | changes
 
 
-def test_the_table_of_a_run():
+def test_the_tables_of_a_run():
     rows = [base_row(temperature=0.0), ROW]
-    cells, protocol, title, training = tables.table(rows).split("\n\n")
-    assert cells.splitlines() == [
+    training, positions, acceptance, speed = tables.tables_of(rows)
+    assert tables.markdown(acceptance) == [
         "| task | pair | seed | T | draft | alpha (95% interval) | tau | expected | agree "
         "| speed-up |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         "| gsm8k | tiny | 0 | 0 | base | 0.612 (0.500-0.700) | 2.35 | 0.600 | 0.550 | 1.24x |",
         "| gsm8k | tiny | 0 | 1 | AdaSPEC | 0.612 (0.500-0.700) | 2.35 | 0.600 | 0.550 | 1.24x |",
     ]
-    assert protocol.startswith(
-        "Protocol of gsm8k: first 6 test prompts (speed-up: 1, one by one), gamma 5,\n"
-        "max_new_tokens 12, float32, 1 x cpu, torch 2.0, seed 0.\nalpha = accepted / judged"
-    )
-    assert title.startswith("What training took, the reference's included")
-    assert training.splitlines() == [
-        "| task | pair | seed | draft | epochs | steps | loss-bearing tokens | target forwards "
-        "| seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| gsm8k | tiny | 0 | AdaSPEC | 2.0 | 6 | 3504 | 48 | 1 |",
+    assert training.title.startswith("What training took, the reference's included")
+    columns = ["epochs", "steps", "loss tokens", "forwards", "seconds"]
+    assert training.columns == ["task", "pair", "seed", "draft", *columns]
+    assert training.lines == [["gsm8k", "tiny", "0", "AdaSPEC", "2.0", "6", "3504", "48", "1"]]
+    # accepted 40, 20 of judged 60, 40; 60 rounds
+    assert positions.columns[-3:] == ["of", "1", "2"]
+    assert [line[-3:] for line in positions.lines[:2]] == [
+        ["judged", "0.67", "0.50"],
+        ["rounds", "0.67", "0.33"],
     ]
+    # 1.8 / 1.25, 2.4 / 1.6, 2.7 / 2
+    assert speed.columns[5:] == [
+        "alpha", "speed-up", "c", "best gamma", "predicted", "break-even",
+    ]  # fmt: skip
+    assert speed.lines[1][5:10] == ["0.612", "1.24x", "0.250", "2", "1.50x"]
+
+
+def test_the_page_of_a_run():
+    rows = [base_row(temperature=0.0), ROW, ROW | {"gamma": 4}]
+    text = tables.markdown_text(rows, "an abacus")
+    assert text.startswith(f"# Results\n\n{tables.LEGEND}\n\n## tiny, gamma 5, at most 12 new tok")
+    assert text.count("## tiny, gamma") == 2, "what is not decoded alike is not in one table"
+    assert (
+        "Protocol of gsm8k: first 6 test prompts (speed-up: 1, one by one), gamma 5, "
+        "max_new_tokens 12, float32, 1 x cpu, torch 2.0, seed 0.\n" in text
+    )
+    assert "\n- AdaSPEC pays on an abacus: 1.50x at T = 1 (gamma 2); it would from" in text
+
+
+def test_positions_of_all_seeds_are_counted_together():
+    other = {"rounds": 40, "accepted": 3, "rejected": 37, "per_position": [[3], [40]]}
+    table = tables.position_table([ROW, ROW | {"seed": 1, "counts": other}])
+    assert "seed" not in table.columns
+    assert [line[-2:] for line in table.lines] == [["0.43", "0.50"], ["0.43", "0.20"]]
 
 
 def test_a_draft_has_one_line_of_what_its_training_took():
-    text = tables.table([ROW, ROW | {"temperature": 0.0}, ROW | {"seed": 1}])
-    assert text.count("| 3504 |") == 2
-    assert "What training took" not in tables.table([base_row()])
+    training = tables.tables_of([ROW, ROW | {"temperature": 0.0}, ROW | {"seed": 1}])[0]
+    assert [line[2] for line in training.lines] == ["0", "1"]
+    assert "What training took" not in tables.terminal_text([base_row()])
 
 
 def test_each_protocol_is_said_once_with_all_its_seeds():
-    rows = [ROW, ROW | {"seed": 2}, ROW | {"task": "mbpp", "gamma": 3}]
-    text = tables.table(rows)
+    rows = [ROW, ROW | {"seed": 2}, ROW | {"task": "mbpp"}]
+    text = tables.terminal_text(rows)
     assert text.count("Protocol of gsm8k") == text.count("Protocol of mbpp") == 1
-    assert "gamma 3,\n" in text and "seed 0, 2." in text
+    assert text.count("seed 0, 2.") == 2
 
 
 def test_the_papers_numbers_are_beside_ours():
@@ -70,20 +96,79 @@ def test_the_papers_numbers_are_beside_ours():
 
 def test_the_papers_column_is_there_where_the_paper_has_the_cell():
     rows = [ROW | {"pair": "pythia"}, base_row(pair="pythia")]
-    lines = tables.table(rows).splitlines()
-    assert lines[0].endswith("| speed-up | paper's alpha |")
-    assert lines[2].endswith("| 1.24x | 0.626 |") and lines[3].endswith("| 1.24x |  |")
-    assert len({line.count("|") for line in lines[:4]}) == 1
-    assert "paper" not in tables.table([ROW])
+    table = tables.acceptance_table(rows)
+    assert table.columns[-2:] == ["speed-up", "paper"]
+    assert [line[-1] for line in table.lines] == ["0.626", ""]
+    assert tables.acceptance_table([ROW]).columns[-1] == "speed-up"
 
 
-def test_lines_fit_a_terminal_of_120_columns():
+# A terminal
+
+
+def test_a_table_for_a_terminal():
+    table = tables.Table("title", ["draft", "n", "share"], [["a b", "9", "never"], ["c", "10", ""]])
+    assert tables.align(table) == ["draft   n  share", "a b     9  never", "c      10"]
+    lines = tables.align(
+        tables.Table("", ["draft", "n"], [["AdaSPEC k=0.2 gap=tvd", "1"], ["base", "2"]]), 17
+    )
+    assert lines == ["draft           n", "AdaSPEC k=0.2   1", "gap=tvd", "base            2"]
+
+
+def test_what_all_rows_share_is_in_the_heading():
+    text = tables.terminal_text([ROW, base_row(temperature=0.0)])
+    assert "\ngsm8k, tiny, seed 0, gamma 5, at most 12 new tokens\n" in text
+    assert "\nT  draft    alpha (95% interval)   tau" in text
+    text = tables.terminal_text([ROW, ROW | {"seed": 1}])
+    assert "\ngsm8k, tiny, gamma 5, at most" in text and "\nseed  T  draft    alpha (95" in text
+
+
+def test_lines_fit_a_terminal_of_100_columns():
     """Issue 14.13: the table of ten columns wrapped."""
     row = ROW | {"task": "cnn_dailymail", "pair": "tiny-wide", "draft": "DistillSpec", "seed": 10}
     row |= {"tau": 11.0, "speedup": 10.0, "steps": 100_000, "loss_tokens": 10**9}
-    rows = [row, row | {"seed": 11}]
-    text = f"{tables.table(rows)}\n{tables.over_seeds(rows)}"
-    assert max(map(len, text.splitlines())) <= 120
+    counts = {"rounds": 9, "per_position": [[1] * 12, [9] * 12], "accepted": 12, "rejected": 96}
+    rows = [row | {"counts": counts}, row | {"seed": 11}, row | {"pair": "pythia"}]
+    rows += [row | {"task": "xsum", "draft": "AdaSPEC k=0.2 gap=tvd select=bottom epochs=4"}]
+    text = tables.terminal_text(rows)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "DistillSpec  judged" in text
+
+
+# Verdicts
+
+
+def test_verdicts():
+    (line,) = tables.verdicts([ROW], "this machine")
+    assert line.startswith("AdaSPEC pays on this machine: 1.50x at T = 1 (gamma 2); it would from")
+    assert line.endswith(" on. Measured at gamma 5: 1.24x.")
+    slow = ROW | {"temperature": 0.0, "tau_by_gamma": {"1": 1.1, "2": 1.1, "3": 1.0}, "gamma": 2}
+    (line,) = tables.verdicts([slow, ROW | {"gamma": 2}], "M")
+    assert line.startswith("AdaSPEC pays on M at T = 1 alone: 0.88x at T = 0 (gamma 1), 1.50x at ")
+    assert line.endswith("gamma 2: 1.24x (predicted 0.69x), 1.24x (predicted 1.50x).")
+    (line,) = tables.verdicts([slow | {"cost_ratio": 3.0}], "M")
+    assert line.startswith(
+        "AdaSPEC does not pay on M: 0.28x at T = 0 (gamma 1); it would at no acc"
+    )
+
+
+def test_a_verdict_is_of_the_mean_over_seeds_and_of_each_task():
+    other = ROW | {"seed": 1, "tau_by_gamma": {"1": 1.8, "2": 2.0, "3": 2.7}, "speedup": 1.0}
+    lines = tables.verdicts([ROW, other, ROW | {"task": "mbpp"}], "M")
+    # means 1.44, (1.5 + 1.25) / 2, 1.35
+    assert lines[0].startswith("gsm8k: AdaSPEC pays on M: 1.44x at T = 1 (gamma 1)")
+    assert "Measured at gamma 5: 1.12x." in lines[0]
+    assert lines[1].startswith("mbpp: AdaSPEC pays on M: 1.50x")
+
+
+def test_a_head_without_costs_has_the_measured_verdict():
+    head = ROW | {"draft": "EAGLE", "cost_ratio": None, "speedup": 0.9}
+    del head["tau_by_gamma"]
+    (line,) = tables.verdicts([head], "M")
+    assert line == (
+        "EAGLE does not pay on M: 0.90x at T = 1 (gamma 5), as measured; the costs of other gammas "
+        "are not known."
+    )
+    assert not any(table.title.startswith("Speed-up") for table in tables.tables_of([head]))
 
 
 # Means over seeds
@@ -96,18 +181,20 @@ def test_means_over_seeds_are_paired_by_seed():
         for draft, alpha in (("DistillSpec", uniform), ("AdaSPEC", selected)):
             values = {"draft": draft, "alpha": alpha, "expected_acceptance": alpha / 2}
             rows.append(ROW | values | {"seed": seed})
-    text = tables.over_seeds(rows[::-1])
-    assert "| gsm8k | tiny | 1.0 | DistillSpec | 0.600 (0.352 to 0.848) |  |" in text
-    assert "| AdaSPEC | 0.620 (0.347 to 0.893) | +0.020 (-0.005 to +0.045) |" in text
-    assert "| 0.310 (0.173 to 0.447) | +0.010 (-0.002 to +0.022) |" in text
-    assert text.startswith("\nMeans over 3 seeds")
-    assert len({line.count("|") for line in text.splitlines() if "|" in line}) == 1
+    alpha, expected = tables.over_seeds(rows[::-1])
+    uniform = ["gsm8k", "tiny", "1", "DistillSpec", "0.600 (0.352 to 0.848)", ""]
+    assert uniform in alpha.lines
+    assert alpha.lines[0][3:] == ["AdaSPEC", "0.620 (0.347 to 0.893)", "+0.020 (-0.005 to +0.045)"]
+    assert expected.lines[0][4:] == ["0.310 (0.173 to 0.447)", "+0.010 (-0.002 to +0.022)"]
+    assert alpha.title.startswith("Means over 3 seeds, alpha")
+    alone = tables.over_seeds([ROW, ROW | {"seed": 1}])[0]
+    assert alone.columns[-1] == "mean", "no gains without DistillSpec"
 
 
 def test_means_need_2_to_10_seeds():
-    assert tables.over_seeds([ROW]) == ""
-    assert tables.over_seeds([ROW | {"seed": seed} for seed in range(11)]) == ""
-    assert tables.over_seeds([ROW | {"seed": seed} for seed in range(10)]) != ""
+    assert tables.over_seeds([ROW]) == []
+    assert tables.over_seeds([ROW | {"seed": seed} for seed in range(11)]) == []
+    assert len(tables.over_seeds([ROW | {"seed": seed} for seed in range(10)])) == 2
 
 
 def test_a_gain_is_over_distillspec_of_the_same_cell():
@@ -119,8 +206,8 @@ def test_a_gain_is_over_distillspec_of_the_same_cell():
         if draft in labels
         for seed in (0, 1)
     ]
-    lines = tables.over_seeds(rows).splitlines()[5:]
-    assert [line.split(" | ")[5] for line in lines] == ["", "+0.200 (+0.200 to +0.200)", ""]
+    lines = tables.over_seeds(rows)[0].lines
+    assert [line[5] for line in lines] == ["", "+0.200 (+0.200 to +0.200)", ""]
 
 
 def test_students_t():

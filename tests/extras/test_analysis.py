@@ -9,6 +9,7 @@ import torch
 
 import data
 from adaspec import token_kl
+from costs import predicted_speedups
 from distillspec import DIVERGENCES
 from evaluate import evaluate
 from extras import analysis
@@ -181,7 +182,7 @@ def test_cost_table_against_a_hand_computation(tmp_path, capsys):
     row |= {"tau_by_gamma": {"1": 1.8, "2": 2.4, "3": 2.7}, "cost_ratio": 0.25}
     row["scoring_ratio"] = {"1": 1.0, "2": 1.1, "3": 1.25}
     expected = {1: 1.8 / 1.25, 2: 2.4 / 1.6, 3: 2.7 / 2.0}
-    assert analysis.predicted_speedups(row) == pytest.approx(expected)
+    assert predicted_speedups(row) == pytest.approx(expected)
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"rows": [row, {"draft": "EAGLE", "cost_ratio": None}]}))
     analysis.main(["cost", str(path)])

@@ -8,17 +8,8 @@ import torch
 
 from evaluate import GAMMAS
 from extras import bench_decode, measure
-from extras.bench_decode import break_even, main, predicted_speedup, recommend
+from extras.bench_decode import main
 from extras.drop_layers import drop_layers
-
-
-def test_cost_model_by_hand():
-    assert predicted_speedup(3.0, 5, 0.1, 1.4, 0.1) == pytest.approx(1.5)
-    assert predicted_speedup(1.0, 0, 0.3, 1.0, 0.0) == 1  # no drafts: the target alone
-    assert recommend({1: 1.2, 2: 1.5, 3: 1.5, 4: 0.9}) == 2
-    c = break_even(3.1, 5, 1.2, 0.3)
-    assert c == pytest.approx((3.1 - 1.5) / 5)
-    assert predicted_speedup(3.1, 5, c, 1.2, 0.3) == pytest.approx(1)
 
 
 def test_cost_model_of_given_seconds():
@@ -96,6 +87,11 @@ def test_from_end_to_end(pair, tmp_path, capsys):
     calls = result["calls"]
     assert calls["assisted"]["target_calls"] == calls["speculative"]["target_calls"]
     assert f"recommended gamma: {result['recommended_gamma']}" in printed
+    lookup = calls["lookup"]
+    assert lookup["draft_calls"] == 0
+    assert result["lookup_tau"] == sum(result["protocol"]["new_tokens"]) / lookup["target_calls"]
+    assert result["lookup_tau"] > 1, "a small random model repeats itself"
+    assert f"by prompt lookup: tau {result['lookup_tau']:.2f}" in printed
     assert "gamma 3, alpha" in printed
 
     # no folder of this machine is in what is saved

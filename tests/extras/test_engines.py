@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
-from extras import bench_decode, engines
+from costs import predicted_speedup
+from extras import engines
 from speculative import autoregressive_generate, speculative_generate
 
 ROOT = Path(engines.__file__).parents[1]
@@ -64,7 +65,7 @@ def test_speed_divides_a_round_into_drafts_and_the_rest():
     assert (cost["tau"], cost["drafts"], cost["c"]) == pytest.approx((2.5, 3, 0.4))
     assert cost["v+o"] == pytest.approx(0.4 / 0.2 - 3 * 0.4)
     assert cost["break_even_c"] == pytest.approx((2.5 - 0.8) / 3)
-    speedup = bench_decode.predicted_speedup(2.5, 3, cost["c"], cost["v+o"], 0)
+    speedup = predicted_speedup(2.5, 3, cost["c"], cost["v+o"])
     assert speedup == pytest.approx(20 / 16)
 
 

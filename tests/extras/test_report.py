@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+import tables
 from cli import Parser, add_flags
 from extras import ablations, eagle, report
 from settings import Method, Settings, parse_settings
@@ -184,6 +185,30 @@ def test_from_a_run_to_the_page(project, capsys):
     lines = (project / "results" / "one.json").read_text().splitlines()
     rows = [json.loads(line.rstrip(",")) for line in lines if line.startswith("  {")]
     assert len(rows) == 24 and rows[2]["alpha"] == 0.7 and "/home" not in str(lines)
+
+
+def test_the_tables_of_a_run_once_more(finished_run, tmp_path, capsys):
+    """As run_all.py has printed them, but for the machine's name; of stored studies too."""
+    for argument in (finished_run, finished_run / "results.json"):
+        assert report.main(["show", str(argument)]) == 0
+        run = json.loads((finished_run / "results.json").read_text())
+        text = tables.terminal_text(tables.in_order(run["rows"]), run["machine"])
+        assert capsys.readouterr().out == f"{text}\n"
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("0  ")][-3:] == [
+        "base", "DistillSpec", "AdaSPEC",
+    ]  # fmt: skip
+    studies = 0
+    for path in (report.ROOT / "results").glob("*.json"):
+        if "rows" in report.load_json(path):
+            report.main(["show", str(path)])
+            text = capsys.readouterr().out
+            assert "Acceptance by draft position" in text
+            assert max(map(len, text.splitlines())) <= 100
+            studies += 1
+    assert studies >= 6
+    (tmp_path / "results.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="has no rows yet"):
+        report.main(["show", str(tmp_path)])
 
 
 def adaspec(run):
