@@ -188,8 +188,10 @@ def test_matchings_share_what_they_say(toy_pair, tmp_path, capsys):
     own_tokens = tokens["loss_tokens"] - uniform["loss_tokens"]
     assert own_tokens == pytest.approx(uniform["loss_tokens"], rel=0.03)
     assert {row["target_forwards"] for row in (uniform, steps, epochs, tokens)} == {100}
-    table = capsys.readouterr().out
-    assert table.count("| AdaSPEC match=tokens |") == 3, "two temperatures, and what it took"
+    assert "AdaSPEC match=tokens pays on" in capsys.readouterr().out.replace("does not pay", "pays")
+    page = (tmp_path / "results.md").read_text()
+    lines = page.count("| AdaSPEC match=tokens |")
+    assert lines == 1 + 2 * (2 + 1 + 1), "what it took; by temperature, two lines of positions"
 
 
 def test_reference_and_timed_gammas_add_columns_that_stay(toy_pair, tmp_path, monkeypatch, capsys):
