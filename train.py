@@ -362,7 +362,7 @@ class State:
         random_states = ranks.gather_objects(random_state(self.device))
         if rank() == 0:
             written = {
-                row: (torch.from_numpy(example.input_ids), example.prompt_length)
+                row: (torch.from_numpy(example.input_ids), example.prompt_length, example.turns)
                 for row, example in self.written.items()
             }
             content = {key: part.state_dict() for key, part in self.parts.items()}
@@ -381,7 +381,7 @@ class State:
         self.summary.update(content["summary"])
         if content["written"]:
             rows = content["written"].items()
-            self.use_written({row: Example(ids.numpy(), length) for row, (ids, length) in rows})
+            self.use_written({row: Example(ids.numpy(), *rest) for row, (ids, *rest) in rows})
         if len(content["random"]) == world_size():  # else dropout goes on from the seed
             set_random_state(content["random"][rank()], self.device)
         say(f"  {name}: going on after step {self.summary['steps']}")

@@ -489,7 +489,7 @@ def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = No
     summary["accuracy"] = training_accuracy(
         head, plan.examples, len(cell.tokenizer), cell.rows_at_once
     )
-    forwards = target_forwards(plan, teacher, reference_loss, summary)
+    forwards = target_forwards(cell, plan, teacher, reference_loss, summary)
     if not teacher.cache:
         forwards[f"accuracy of {plan.name}"] = len(plan.examples)
     summary["target_forwards"] = forwards

@@ -313,7 +313,7 @@ def test_who_writes_the_responses(tmp_path):
     assert torch.equal(trained[0], untouched), "no row was to be written anew"
 
     (cell,) = tmp_path.glob("toy/arithmetic/seed0")
-    (written,) = cell.glob("written/*.tokens")
+    (written,) = tmp_path.glob("written/*.tokens")
     examples, _ = data.read_examples(written)
     tokenizer = AutoTokenizer.from_pretrained(cell / "target")
     given, _ = data.encode("arithmetic", arithmetic_rows("train")[:24], tokenizer, 128)
@@ -466,7 +466,7 @@ def test_drafts_of_other_kinds_are_loaded_by_their_own_way(tmp_path, monkeypatch
     cell = prepare_cell("toy", "arithmetic", 0, settings, CPU, TOY)
     loads = []
 
-    def evaluate(target, drafts, examples, tokenizer, settings, seed, name):
+    def evaluate(target, drafts, examples, tokenizer, settings, seed, name, ends):
         loads.append((target, drafts))
         return [{"draft": label, "temperature": t, "x": 1} for t in (0, 1) for label in drafts]
 

@@ -408,7 +408,7 @@ def test_responses_are_written_when_their_rows_come_up(make_model, examples):
         assert rows == order[number]
         expected = []
         for row in rows:
-            ids, length = examples[row]
+            ids, length, _ = examples[row]
             expected += [number // 2 * 2 + 7] * 3 if row % 5 else ids[length:].tolist()
         assert labels == expected
 

@@ -46,7 +46,7 @@ def test_held_out_losses_are_kl_at_response_tokens(pair, examples, tokenizer):
     vocab_size = len(tokenizer)
     losses = analysis.held_out_losses(draft, target, examples[:5], 2, vocab_size)
     expected = []
-    for ids, start in examples[:5]:
+    for ids, start, _ in examples[:5]:
         ids = torch.from_numpy(ids).long()[None]
         with torch.no_grad():
             p, q = (model(ids).logits[0, start - 1 : -1, :vocab_size] for model in pair)

@@ -341,7 +341,7 @@ def train_head(head, examples, step=eagle_step, **settings):
 def plain_loss(target, head, reference, examples, k):
     """The losses written out, row by row and without padding: mean over the selected tokens."""
     kl, distance, gap = [], [], []
-    for ids, prompt in examples:
+    for ids, prompt, _ in examples:
         ids = torch.from_numpy(ids).long()[None]
         with torch.no_grad():
             true = target.base_model(ids).last_hidden_state
