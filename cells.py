@@ -204,7 +204,7 @@ def validation_examples(task: str, form: str, tokenizer, settings: Settings) -> 
     try:
         rows = read_rows(task, "validation", settings.validation_rows, settings)
     except ValueError as error:
-        say(f"  no alpha in training: {error}")
+        say(f"  alpha is not watched in training: {error}")
         return []
     examples, _ = encode(form, rows, tokenizer, settings.max_length)
     return [example for example in examples if example.bears_loss[1:].any()]
