@@ -10,8 +10,15 @@ import torch
 
 from cli import printable
 from data import (
-    TASKS, Example, all_tokens, as_chats, encode, encode_once, load_rows, train_tokenizer,
-)  # fmt: skip
+    TASKS,
+    Example,
+    all_tokens,
+    as_chats,
+    encode,
+    encode_once,
+    load_rows,
+    train_tokenizer,
+)
 from head import Head
 from models import check_model, model_identity, resolve_model, scratch_model, shared_tokenizer
 from own_rows import turn_end

@@ -102,6 +102,17 @@ def test_validation_rows_are_neither_trained_nor_tested_on(toy_settings, capsys)
     assert prepare_cell("toy", "arithmetic", 0, settings, CPU, PAIRS).validation == []
 
 
+def test_validation_rows_without_a_response_are_not_watched(toy_settings, tmp_path):
+    (tmp_path / "custom").mkdir()
+    for split, responses in {"train": [True] * 5, "validation": [False] * 3}.items():
+        rows = [{"prompt": "1 + 1 ="} | ({"response": "2"} if there else {}) for there in responses]
+        text = "\n".join(map(json.dumps, rows))
+        (tmp_path / "custom" / f"{split}.jsonl").write_text(text)
+    settings = replace(toy_settings, data_dir=str(tmp_path), split="validation")
+    cell = prepare_cell("toy", "custom", 0, settings, CPU, PAIRS)
+    assert len(cell.test) == 3 and cell.validation == []
+
+
 def test_a_task_without_validation_rows_goes_without_alpha(toy_settings, tmp_path, capsys):
     (tmp_path / "custom").mkdir()
     for split in ("train", "test"):
