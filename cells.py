@@ -9,11 +9,20 @@ from pathlib import Path
 import torch
 
 from cli import printable
-from data import TASKS, Example, all_tokens, as_chats, encode_once, load_rows, train_tokenizer
+from data import (
+    TASKS,
+    Example,
+    all_tokens,
+    as_chats,
+    encode,
+    encode_once,
+    load_rows,
+    train_tokenizer,
+)
 from head import Head
 from models import check_model, model_identity, resolve_model, scratch_model, shared_tokenizer
 from own_rows import turn_end
-from ranks import check_stop, from_rank_0, rank, world_size
+from ranks import check_stop, from_rank_0, rank, say, world_size
 from settings import PAIRS, Method, Pair, Recipe, Settings, recipe
 from speculative import Lane
 from stages import Plan, fit, on_policy, written_by_target
@@ -40,6 +49,7 @@ class Cell:
     ends: list[int]  # the tokens that end a response
     examples: list[Example]  # training rows
     test: list[Example]  # held-out rows
+    validation: list[Example]  # a few others, to watch drafts learn
     dropped: tuple[int, int]  # rows of both without a response within max_length
     model_names: list[str]  # target, draft; a pair with another kind of draft has the target alone
     models: list[torch.nn.Module]  # likewise, without weights
@@ -112,13 +122,9 @@ def prepare_cell(
     """
     check_stop()
     pair = Pair(settings.target, settings.draft) if pair_name == "custom" else pairs[pair_name]
-    source = {"data_dir": settings.data_dir, "dataset": settings.dataset}
-    rows = load_rows(task, "train", limit=settings.limit, **source)
-    test_rows = load_rows(task, settings.split, limit=settings.eval_prompts, **source)
-    form = task
-    if settings.chat and task != "custom":
-        rows, test_rows = as_chats(task, rows), as_chats(task, test_rows)
-        form = "custom"
+    rows = read_rows(task, "train", settings.limit, settings)
+    test_rows = read_rows(task, settings.split, settings.eval_prompts, settings)
+    form = "custom" if settings.chat else task
     if isinstance(pair.target, dict):
         names = [f"{pair_name}'s target", f"{pair_name}'s draft"]
         tokenizer = train_tokenizer(texts or row_texts(form, rows), SCRATCH_VOCABULARY)
@@ -148,10 +154,17 @@ def prepare_cell(
         ends=response_ends(form, test_rows, tokenizer),
         examples=examples,
         test=test,
+        validation=validation_examples(task, form, tokenizer, settings),
         dropped=(dropped, test_dropped),
         model_names=names[: len(models)],
         models=models,
     )
+
+
+def read_rows(task: str, split: str, limit: int | None, settings: Settings) -> list:
+    """The first rows of a split, as chats where that is asked for."""
+    rows = load_rows(task, split, settings.data_dir, limit, settings.dataset)
+    return as_chats(task, rows) if settings.chat and task != "custom" else rows
 
 
 def row_texts(task: str, rows) -> list[str]:
@@ -188,6 +201,20 @@ def encode_rows(task: str, rows, tokenizer, settings: Settings) -> tuple[list[Ex
             f"{settings.max_length} tokens of a row (raise --max-length), or they have no response"
         )
     return examples, dropped
+
+
+def validation_examples(task: str, form: str, tokenizer, settings: Settings) -> list[Example]:
+    """The first validation rows that have a response; none, which is said, where there are none to
+    read: that only costs the watching."""
+    if not settings.validation_rows:
+        return []
+    try:
+        rows = read_rows(task, "validation", settings.validation_rows, settings)
+    except ValueError as error:
+        say(f"  alpha is not watched in training: {error}")
+        return []
+    examples, _ = encode(form, rows, tokenizer, settings.max_length)
+    return [example for example in examples if example.bears_loss[1:].any()]
 
 
 def check_cell(cell: Cell, methods: list[Method]) -> None:

@@ -7,6 +7,7 @@ those that are flags of `run_all.py` carry their help. What studies compare are 
 
 import math
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from cli import Parser, decimal, decimals, flag, folder, numbers, one_of, some_of, whole
@@ -238,6 +239,9 @@ class Settings:
         None, numbers, "target,reference,draft (target 0: it is fine-tuned already)"
     )
     max_steps: int | None = flag(None, whole(), "cut every stage short")
+    validation_rows: int = flag(
+        16, whole(0), "validation rows that alpha is watched on as drafts learn; 0: none"
+    )
     dtype: str | None = flag(
         None, one_of(DTYPES), "autocast type; without it bfloat16 on a GPU, float32 on a CPU"
     )
@@ -264,6 +268,9 @@ class Settings:
     )
     save_minutes: float = flag(
         10.0, decimal(0, math.inf), "how often the state of a stage is saved", "machine"
+    )
+    log_dir: str | None = flag(
+        None, str, "write TensorBoard events here (pip install tensorboard)", "machine"
     )
     shard_target: bool = flag(
         False,
@@ -313,4 +320,6 @@ def contradiction(settings: Settings) -> str | None:
         return "--dataset holds the rows of the task custom: add --tasks custom"
     if "custom" not in settings.pairs and (settings.target or settings.draft):
         return "--target and --draft are the pair custom: add --pairs custom"
+    if settings.log_dir and not find_spec("tensorboard"):
+        return "--log-dir needs tensorboard: pip install tensorboard"
     return None

@@ -14,6 +14,7 @@ import torch
 import storage
 from data import Example, digest, prompts_alone, read_examples, write_examples
 from distillspec import OnPolicy, ResponseWriter
+from history import History, Validation
 from models import load_model, scratch_model
 from ranks import check_stop, from_rank_0, gather_objects, progress, rank, say, world_size
 from settings import Method
@@ -54,8 +55,9 @@ def fit(
         return finished
     step_inputs = []
     teacher, reference_loss = None, None
+    validation = Validation(cell.validation, cell.rows_at_once)
     if target:
-        teacher = open_target(cell, plan, target)
+        teacher = open_target(cell, plan, target, validation)
         step_inputs.append(teacher)
     if reference:
         reference_loss = open_reference(cell, plan, teacher, target, reference)
@@ -63,10 +65,11 @@ def fit(
     if plan.method:
         step_inputs.append(plan.method)
     model = initial_model(cell, plan)
-    options = training_options(cell, plan, folder, settings)
+    options = training_options(cell, plan, folder, settings, validation)
     summary = train(model, plan.examples, step, step_inputs, **options)
     summary["target_forwards"] = target_forwards(cell, plan, teacher, reference_loss, summary)
-    return storage.save_stage(folder, settings, summary, model, cell.tokenizer)
+    history = options["history"]
+    return storage.save_stage(folder, settings, summary, model, cell.tokenizer, history)
 
 
 def initial_model(cell, plan: Plan):
@@ -75,8 +78,14 @@ def initial_model(cell, plan: Plan):
     return load_model(plan.init.path, torch.float32, cell.device)
 
 
-def training_options(cell, plan: Plan, folder: Path, settings: dict) -> dict:
+def training_options(
+    cell, plan: Plan, folder: Path, settings: dict, validation: Validation | None = None
+) -> dict:
     """The keyword arguments of `train` for the stage in `folder`."""
+    checkpoints = storage.checkpoint_folder(folder)
+    log_dir = None
+    if cell.settings.log_dir:
+        log_dir = Path(cell.settings.log_dir) / folder.relative_to(cell.settings.out)
     return {
         "vocab_size": len(cell.tokenizer),
         "lr": plan.lr,
@@ -88,11 +97,10 @@ def training_options(cell, plan: Plan, folder: Path, settings: dict) -> dict:
         "seed": plan.seed,
         "max_steps": settings["max_steps"],
         "name": f"{cell.task} {plan.name}",
-        "checkpoints": storage.Checkpoints(
-            storage.checkpoint_folder(folder), fingerprint(settings)
-        ),
+        "checkpoints": storage.Checkpoints(checkpoints, fingerprint(settings)),
         "save_minutes": cell.settings.save_minutes,
         "on_policy": plan.on_policy,
+        "history": History(checkpoints / storage.HISTORY, validation, log_dir),
     }
 
 
@@ -139,9 +147,11 @@ def response_source(cell, plan: Plan) -> list:
 # Frozen models
 
 
-def open_target(cell, plan: Plan, target: Model) -> Frozen | None:
+def open_target(
+    cell, plan: Plan, target: Model, validation: Validation | None = None
+) -> Frozen | None:
     """The target, its hidden states in a cache where rows are fixed and it fits; None where the
-    losses do without it."""
+    losses do without it. It is asked about the validation rows while it has its trunk."""
     losses = {plan.method.divergence}
     if plan.method.name == "adaspec":
         losses.add(plan.method.gap)
@@ -150,6 +160,8 @@ def open_target(cell, plan: Plan, target: Model) -> Frozen | None:
     teacher = Frozen(load_model(target.path, cell.dtype, cell.device), len(cell.tokenizer))
     if cell.settings.shard_target:
         shard_layers(teacher.model)
+    if validation:
+        validation.ask(teacher)
     if not plan.on_policy:
         width = teacher.head.linear.weight.shape[1]
         cache = token_cache(cell, "target", target.fingerprint, plan.examples, width, cell.dtype)

@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 from ranks import from_rank_0, rank, say, world_size
 
+HISTORY = "history.jsonl"  # of a stage, in its folder; while it is trained, with its checkpoints
+
 # Files
 
 
@@ -177,8 +179,11 @@ def _is_finished(folder: Path, wanted: str) -> bool:
     return True
 
 
-def save_stage(folder: Path, settings: dict, summary: dict, model, tokenizer) -> Model:
-    """Save a trained model as the stage in `folder`, in place of what was there; rank 0 does."""
+def save_stage(
+    folder: Path, settings: dict, summary: dict, model, tokenizer, history=None
+) -> Model:
+    """Save a trained model and its history.History as the stage in `folder`, in place of what was
+    there; rank 0 does."""
     stage = Model(str(folder), fingerprint(settings))
     if rank() == 0:
         partial = folder.with_name(folder.name + ".partial")
@@ -194,10 +199,13 @@ def save_stage(folder: Path, settings: dict, summary: dict, model, tokenizer) ->
         record = {"fingerprint": stage.fingerprint, "settings": settings, "summary": summary}
         record |= {"files": checksums, "versions": versions(), "git": git_commit()}
         write_json(partial / "stage.json", record)
+        if history:  # in no checksum: damage to it is no reason to train anew
+            history.save(partial / HISTORY)
         remove_folder(folder)
         partial.rename(folder)  # only a whole folder ever carries the name
         remove_folder(checkpoint_folder(folder))
-    loss = f"last loss {summary['loss']:.4f}"
+    remarks = history.remarks() if history else ""
+    loss = f"last loss {summary['loss']:.4f}{remarks}"
     say(f"  {folder.name}: {summary['steps']} steps, {loss}, {summary['seconds']} s")
     return from_rank_0(stage)
 

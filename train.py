@@ -28,6 +28,7 @@ from adaspec import gather_gaps, select_tokens
 from data import Batch, Example, batches, make_batch
 from distillspec import DIVERGENCES
 from head import Head, hidden_states
+from history import History
 from ranks import rank, say, world_size
 
 TRAINING_VERSION = 2  # part of every stage's fingerprint: raise it when a change alters results
@@ -167,6 +168,7 @@ def train(
     checkpoints=None,
     save_minutes: float = 10,
     on_policy=None,
+    history: History | None = None,
 ) -> dict:
     """Train `model` (float32 weights, in place) with AdamW; returns a summary (steps, loss, ...).
 
@@ -177,6 +179,7 @@ def train(
     checkpoints: a storage.Checkpoints. The state is saved every `save_minutes` and when a signal
         asks to stop, and training goes on from it to the very weights of an undisturbed run.
     on_policy: a distillspec.OnPolicy, which writes the responses of the coming steps anew.
+    history: what is told of every step.
 
     Raises NonFiniteError naming stage, step and rows; ranks.Stopped after a signal; ValueError
     where ranks outnumber the rows of a batch.
@@ -191,9 +194,11 @@ def train(
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(weights, lr, weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    state = State(model, optimizer, scaler, examples, checkpoints, device)
+    history = history or History()
+    state = State(model, optimizer, scaler, history, examples, checkpoints, device)
     state.load(name)
     summary = state.summary
+    history.begin(summary["steps"], len(schedule), model, student.head, DTYPES[dtype])
     started = time.perf_counter() - summary["seconds"]
     saved = time.monotonic()
     skipped_in_a_row = 0
@@ -245,8 +250,9 @@ def train(
             raise NonFiniteError(f"{name}: gradient norm is not finite in {location}")
 
         # the optimiser's step
+        step_lr = DECAYS[decay](progress) * lr
         for group in optimizer.param_groups:
-            group["lr"] = DECAYS[decay](progress) * lr
+            group["lr"] = step_lr
         skipped = scaled_step(optimizer, scaler)
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped_in_a_row == 20:  # the scale is a millionth by now: it is not the scale
@@ -256,7 +262,12 @@ def train(
 
         # what it did
         summary["seconds"] = time.perf_counter() - started
-        state.record(rows, sum(lengths[row] for row in rows), total, int(count), skipped)
+        tokens = sum(lengths[row] for row in rows)
+        state.record(rows, tokens, total, int(count), skipped)
+        counts = {"loss": total, "loss_tokens": int(count), "tokens": tokens}
+        counts["response_tokens"] = state.response_tokens(rows)
+        history.record(summary, epoch + 1, step_lr, **counts)
+        started = time.perf_counter() - summary["seconds"]  # watching alpha is no training
         speed = summary["tokens"] / summary["seconds"]
         bar.set_postfix_str(f"loss {summary['loss']:.4f}, {speed:,.0f} tok/s", refresh=False)
         bar.update()
@@ -269,6 +280,7 @@ def train(
                 raise ranks.Stopped((ranks.stop_requested() or SIGTERM).name)
 
     bar.close()
+    history.end()
     if not all(torch.stack([p.detach().isfinite().all() for p in weights]).tolist()):
         raise NonFiniteError(
             f"{name}: weights are not finite after the last step; lower the learning rate"
@@ -330,11 +342,13 @@ def write_coming(on_policy, model: nn.Module, coming: list[list[int]], number: i
 
 
 class State:
-    """All that an unfinished stage goes on from: weights, optimiser, loss scale, the summary so
-    far, the generators of dropout, and the responses that the draft has written."""
+    """All that an unfinished stage goes on from: weights, optimiser, loss scale, the summary and
+    history so far, the generators of dropout, and the responses that the draft has written."""
 
-    def __init__(self, model, optimizer, scaler, examples, checkpoints, device: torch.device):
-        self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    def __init__(
+        self, model, optimizer, scaler, history, examples, checkpoints, device: torch.device
+    ):
+        self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "history": history}
         self.checkpoints = checkpoints
         self.device = device
         self.given = self.examples = examples
@@ -350,6 +364,11 @@ class State:
         self.summary["tokens"] += tokens
         self.summary["loss_tokens"] += count
         self.summary["loss"] = loss / max(count, 1)
+
+    def response_tokens(self, rows: list[int]) -> int:
+        """How many tokens of the rows can bear loss."""
+        # a first token has no predictor
+        return sum(int(self.examples[row].bears_loss[1:].sum()) for row in rows)
 
     def use_written(self, written: dict[int, Example]) -> None:
         """Train on the rows that the draft has written, and on the others as they were given."""

@@ -271,6 +271,7 @@ def prepare_mixed(pair_name: str, task: str, seed: int, settings: Settings, devi
         "folder": Path(settings.out, first.name, task, f"seed{seed}"),
         "examples": [example for part in parts.values() for example in part.examples],
         "test": [example for part in parts.values() for example in part.test],
+        "validation": [example for part in parts.values() for example in part.validation],
         "dropped": tuple(map(sum, zip(*(part.dropped for part in parts.values()), strict=True))),
     }
     return MixedCell(**merged, parts=parts)

@@ -493,7 +493,8 @@ def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = No
     if not teacher.cache:
         forwards[f"accuracy of {plan.name}"] = len(plan.examples)
     summary["target_forwards"] = forwards
-    return storage.save_stage(folder, settings, summary, head, cell.tokenizer)
+    history = options["history"]
+    return storage.save_stage(folder, settings, summary, head, cell.tokenizer, history)
 
 
 def open_reference(
@@ -526,6 +527,7 @@ class EagleSettings(StudySettings):
     )
     target: str | None = None
     draft: str | None = None
+    validation_rows: int = 0  # alpha is not watched: a head needs the target's states for it
     methods: tuple = flag(
         ("distillspec", "adaspec"),
         some_of(["distillspec", "adaspec"]),

@@ -1,9 +1,10 @@
-"""Figures of a run, with matplotlib: what `python -m extras.report figures` draws.
+"""Figures of a run, with matplotlib: what `python -m extras.report figures` and `history` draw.
 
-Alpha by task, by k and by epochs; tau and speed-up by gamma; acceptance by draft position; and
-token pictures (records of `extras.analysis.picture`).
+Alpha by task, by k and by epochs; tau and speed-up by gamma; acceptance by draft position; token
+pictures (records of `extras.analysis.picture`); and loss and alpha by step, as drafts learn.
 """
 
+import json
 import re
 import statistics
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 from costs import predicted_speedups
 from speculative import Stats
+from storage import HISTORY
 from tables import T_QUANTILE, mean_interval
 
 # Okabe and Ito's palette: told apart by the colour-blind too
@@ -301,3 +303,58 @@ def draw_picture(record: dict, path: Path, width: int = 100) -> None:
     title += f"{accepted} of {len(tokens)} tokens are accepted drafts"
     panel.set_title(title, fontsize=10)
     save_figure(figure, path)
+
+
+# Histories of training
+
+
+def histories(runs, folder) -> list[Path]:
+    """Draw loss and validation alpha by step into PNG files of a folder, one for each pair and task
+    under `runs` (the --out of a run, finished or not); returns the files.
+
+    Raises ValueError where there is no history, or no matplotlib.
+    """
+    new_figure()
+    by_task = {}  # (pair, task) -> stage -> the lines of each seed
+    for path in sorted(Path(runs).glob(f"*/*/seed*/*/{HISTORY}")):
+        pair, task = path.parts[-5:-3]
+        stage = path.parent.name.removesuffix(".checkpoints")  # where it is while it is trained
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        by_task.setdefault((pair, task), {}).setdefault(stage, []).append(lines)
+    if not by_task:
+        raise ValueError(
+            f"{runs} has no <pair>/<task>/seed<n>/<stage>/{HISTORY}; give the --out folder of a run"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for (pair, task), stages in by_task.items():
+        files.append(folder / f"{pair}-{task}-history.png")
+        draw_history(f"{pair}, {task}", stages, files[-1])
+    return files
+
+
+def draw_history(title: str, stages: dict[str, list], path: Path) -> None:
+    """Two panels; a colour a draft (a stage, where alpha was watched of none), a line a seed."""
+    drafts = {name: seeds for name, seeds in stages.items() if series(seeds[0], "alpha")[0]}
+    figure = new_figure(figsize=(9, 4))
+    losses, alphas = figure.subplots(1, 2)
+    losses.set(title=title, xlabel="step", ylabel="training loss", yscale="log")
+    alphas.set(title="validation rows", xlabel="step", ylabel="expected acceptance alpha")
+    for i, (name, seeds) in enumerate((drafts or stages).items()):
+        selected = any(line.get("selected", 1) < 1 for line in seeds[0])
+        label = f"{name} (its loss: of selected tokens)" if selected else name
+        style = {"color": COLOURS[i % len(COLOURS)], "label": label}
+        for lines in seeds:
+            losses.plot(*series(lines, "loss"), **style, linewidth=1)
+            alphas.plot(*series(lines, "alpha"), **style, marker=".")
+    for panel in (losses, alphas):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#DDDDDD")
+    save_figure(figure, path)
+
+
+def series(lines: list[dict], key: str) -> tuple[list, list]:
+    """Steps, and the values of a key at those lines of a history that have it."""
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    return [step for step, _ in points], [value for _, value in points]

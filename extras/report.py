@@ -4,6 +4,7 @@
     python -m extras.report --check                            # exit code 1 if it is not up to date
     python -m extras.report add NAME RUNS/results.json ... --title TEXT --note TEXT
     python -m extras.report figures RUNS/results.json FOLDER   # needs matplotlib
+    python -m extras.report history RUNS FOLDER                # likewise: loss and alpha by step
     python -m extras.report show RUNS                          # a run's tables once more
 
 A study is a file of results/ with the key "study": the rows of one comparison, from one run or
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from cli import Parser, run_command
 from extras.ablations import COMPARISONS
-from extras.figures import MOST_SEEDS, distinct, figures
+from extras.figures import MOST_SEEDS, distinct, figures, histories
 from extras.measure import portable
 from settings import METHODS
 from tables import grid, in_order, interval, table_order, terminal_text
@@ -494,6 +495,9 @@ def parse_arguments(argv):
     flag("results", help="results.json of the run")
     flag("folder", help="where the PNG files go")
     flag("--picture", action="append", default=[], help="a file of extras.analysis picture")
+    flag = commands.add_parser("history", help="draw how the drafts of a run learned").add_argument
+    flag("runs", help="the --out folder of the run, also while it trains")
+    flag("folder", help="where the PNG files go")
     flag = commands.add_parser("show", help="print the tables of a run").add_argument
     flag("run", type=Path, help="the run's folder (--out), or its results.json")
     return parser.parse_args(argv)
@@ -508,6 +512,9 @@ def main(argv=None, root: Path = ROOT) -> int:
     if args.command == "figures":
         pictures = [load_json(path) for path in args.picture]
         print(*figures(load_run(args.results)["rows"], args.folder, pictures), sep="\n")
+        return 0
+    if args.command == "history":
+        print(*histories(args.runs, args.folder), sep="\n")
         return 0
     if args.command == "show":
         print(show(args.run))

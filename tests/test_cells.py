@@ -1,5 +1,6 @@
 """A cell: its rows, its name, what is checked before long work, and the plans of its stages."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,42 @@ def test_rows_of_other_splits(toy_settings):
     prompts = [example.input_ids[: example.prompt_length] for example in cell.test]
     for row, prompt in zip(rows, prompts, strict=True):
         assert cell.tokenizer.decode(prompt).startswith(row["question"])
+
+
+def test_validation_rows_are_neither_trained_nor_tested_on(toy_settings, capsys):
+    settings = replace(toy_settings, validation_rows=5)
+    cell = prepare_cell("toy", "arithmetic", 0, settings, CPU, PAIRS)
+    texts = [cell.tokenizer.decode(example.input_ids) for example in cell.validation]
+    questions = [row["question"] for row in load_rows("arithmetic", "validation", limit=5)]
+    for text, question in zip(texts, questions, strict=True):
+        assert text.startswith(question)
+    others = [cell.tokenizer.decode(e.input_ids) for e in cell.examples + cell.test]
+    assert not set(texts) & set(others) and not capsys.readouterr().out
+    settings = replace(settings, validation_rows=0)
+    assert prepare_cell("toy", "arithmetic", 0, settings, CPU, PAIRS).validation == []
+
+
+def test_validation_rows_without_a_response_are_not_watched(toy_settings, tmp_path):
+    (tmp_path / "custom").mkdir()
+    for split, responses in {"train": [True] * 5, "validation": [False] * 3}.items():
+        rows = [{"prompt": "1 + 1 ="} | ({"response": "2"} if there else {}) for there in responses]
+        text = "\n".join(map(json.dumps, rows))
+        (tmp_path / "custom" / f"{split}.jsonl").write_text(text)
+    settings = replace(toy_settings, data_dir=str(tmp_path), split="validation")
+    cell = prepare_cell("toy", "custom", 0, settings, CPU, PAIRS)
+    assert len(cell.test) == 3 and cell.validation == []
+
+
+def test_a_task_without_validation_rows_goes_without_alpha(toy_settings, tmp_path, capsys):
+    (tmp_path / "custom").mkdir()
+    for split in ("train", "test"):
+        rows = [json.dumps({"prompt": f"{n} + 1 =", "response": str(n + 1)}) for n in range(5)]
+        (tmp_path / "custom" / f"{split}.jsonl").write_text("\n".join(rows))
+    settings = replace(toy_settings, data_dir=str(tmp_path))
+    cell = prepare_cell("toy", "custom", 0, settings, CPU, PAIRS)
+    assert len(cell.examples) == 5 and cell.validation == []
+    said = "  alpha is not watched in training: custom has no validation rows, and 5 train rows are"
+    assert capsys.readouterr().out.startswith(said)
 
 
 def test_a_row_bound_that_leaves_none_is_said(toy_settings):

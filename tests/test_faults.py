@@ -32,9 +32,21 @@ def rows_without_times(out):
     return [{key: row[key] for key in row.keys() - TIMES} for row in rows]
 
 
+def histories(out):
+    """What each stage's training did, but for times."""
+    lines = {}
+    for path in out.rglob("history.jsonl"):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[path.relative_to(out)] = [
+            {key: record[key] for key in record.keys() - TIMES} for record in records
+        ]
+    return lines
+
+
 def check_same(out, other):
-    """The same weights, bit for bit, and the same results but for times."""
+    """The same weights, bit for bit, and the same histories and results but for times."""
     assert weights(out) == weights(other)
+    assert histories(out) == histories(other) and len(histories(out)) == 5
     assert rows_without_times(out) == rows_without_times(other)
 
 

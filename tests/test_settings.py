@@ -217,6 +217,7 @@ def test_flags_are_fields():
         ("--pairs custom --target a", "--pairs custom needs --target and --draft"),
         ("--pairs pythia --target a --draft b", "add --pairs custom"),
         ("--out=", "--out is empty"),
+        ("--validation-rows -1", "--validation-rows: must be a whole number of at least 0"),
         ("--gama 3", "unrecognized arguments: --gama"),
         ("--k", "argument --k: expected one argument"),
     ],
@@ -227,6 +228,17 @@ def test_what_cannot_be_read_names_flag_and_range(flags, words, capsys):
     err = capsys.readouterr().err
     assert end.value.code == 2 and words in err
     assert err.startswith("run_all.py: error: ") and err.count("\n") == 1
+
+
+def test_log_dir_needs_tensorboard(monkeypatch, capsys):
+    monkeypatch.setattr("settings.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        parse("--log-dir", "events")
+    assert end.value.code == 2
+    message = "run_all.py: error: --log-dir needs tensorboard: pip install tensorboard\n"
+    assert capsys.readouterr().err == message
+    monkeypatch.setattr("settings.find_spec", lambda name: name == "tensorboard")
+    assert parse("--log-dir", "events")[0].log_dir == "events"
 
 
 def test_any_arguments_are_parsed_or_refused(tmp_path):

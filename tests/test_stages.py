@@ -1,6 +1,8 @@
 """Stages: what a fingerprint hangs on, the target's rows counted as they are run, and responses of
 the target that survive a stop."""
 
+import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from cells import base_models, draft_plan, prepare_cell, reference_method
 from data import digest
 from settings import Method, Pair, Settings
 from stages import fit
-from storage import Model, read_json
+from storage import HISTORY, Model, read_json
 from tests.damage import truncate
 from train import adaspec_step, distillation_step
 
@@ -34,7 +36,8 @@ def make_cell(make_model, tokenizer, tmp_path):
     def make(**settings):
         flags = {
             "limit": ROWS, "max_length": 128, "max_new_tokens": 6, "eval_prompts": 2, "batch": 8,
-            "eval_batch": 2, "epochs": (0, 1, 2), "dtype": "float32", "out": str(tmp_path / "out"),
+            "eval_batch": 2, "epochs": (0, 1, 2), "dtype": "float32", "validation_rows": 0,
+            "out": str(tmp_path / "out"),
         }  # fmt: skip
         settings = replace(Settings(), **flags | settings)
         return prepare_cell("toy", "arithmetic", 0, settings, CPU, {"toy": Pair(*paths)})
@@ -130,6 +133,50 @@ def test_no_target_is_run_where_no_loss_asks_for_one(make_cell, target_rows):
     assert cost["target_forwards"] == sum(target_rows) == ROWS
 
 
+# The record
+
+
+def test_the_record_is_in_the_stages_folder_and_its_end_is_said(make_cell, target_rows, capsys):
+    """What AdaSPEC's loss is over, and what can be compared; damage to it costs no stage."""
+    cell = make_cell(validation_rows=4, micro_batch=3)
+    trained, cost = train_draft(cell, Method("adaspec"))
+    _, distilled, *_, drafted = capsys.readouterr().out.splitlines()
+    records = {}
+    for stage in trained:
+        folder = Path(stage.path)
+        lines = [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
+        records[folder.name] = lines
+        assert [line["step"] for line in lines] == list(range(len(lines)))
+        assert not folder.with_name(folder.name + ".checkpoints").exists()
+        (folder / HISTORY).write_text("damage")
+    alphas = {name: lines[-1]["alpha"] for name, lines in records.items()}
+    alpha = alphas["distilled-1-epochs"]
+    words = r"  distilled-1-epochs: 3 steps, last loss \S+, "
+    assert re.match(words + f"alpha {alpha:.3f} on 4 validation rows, ", distilled)
+    words = r"  adaspec: 6 steps, last loss \S+ \(over the 4\d% of tokens selected\), "
+    assert re.match(words + f"alpha {alphas['adaspec']:.3f} on 4 validation rows, ", drafted)
+    assert sum(target_rows) == cost["target_forwards"] + 2 * 4, "watching is no training"
+    assert records["adaspec"][0]["alpha"] == records["distilled-1-epochs"][0]["alpha"]
+    train_draft(cell, Method("adaspec"))
+    printed = capsys.readouterr().out
+    assert printed.count("done before") == 2 and "damaged" not in printed
+
+
+def test_watching_changes_no_stage(make_cell, tmp_path):
+    weights = []
+    for rows in (0, 4):
+        cell = make_cell(validation_rows=rows, max_steps=2, out=str(tmp_path / f"out-{rows}"))
+        trained, cost = train_draft(cell, Method("adaspec", data="mixed", refresh=2))
+        content = Path(trained[1].path, "model.safetensors").read_bytes()
+        weights.append((trained[1].fingerprint, content, cost["target_forwards"]))
+    assert weights[0] == weights[1]
+
+
+def test_no_loss_asks_for_a_target_and_none_is_loaded_to_watch_alpha(make_cell, target_rows):
+    trained, _ = train_draft(make_cell(validation_rows=4), Method("distillspec", divergence="ce"))
+    assert "alpha" not in Path(trained[0].path, HISTORY).read_text() and not target_rows
+
+
 # Caches and fingerprints
 
 
@@ -196,7 +243,13 @@ def test_a_stages_fingerprint_is_of_all_that_its_result_hangs_on(make_cell, monk
         stage_fingerprint(cell, method, target="other"),
         stage_fingerprint(cell, method, reference="other"),
     ]
-    for setting in ({"cache_gb": 0}, {"save_minutes": 1.0}, {"gamma": 3}, {"eval_batch": 9}):
+    for setting in (
+        {"cache_gb": 0},
+        {"save_minutes": 1.0},
+        {"gamma": 3},
+        {"eval_batch": 9},
+        {"log_dir": "x"},
+    ):
         assert stage_fingerprint(changed(**setting), method) == usual, setting
     monkeypatch.setattr(stages, "TRAINING_VERSION", stages.TRAINING_VERSION + 1)
     others.append(stage_fingerprint(cell, method))

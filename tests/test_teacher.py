@@ -1,6 +1,7 @@
 """Frozen models and their caches: nothing approximated, nothing computed twice, damage noticed."""
 
 import copy
+import json
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ import ranks
 import train
 from adaspec import token_kl
 from data import make_batch, write_examples
+from history import History, Validation
 from settings import Method
 from teacher import BATCHES_A_BLOCK, Frozen, ReferenceLoss, TokenCache
 from tests.damage import DAMAGES
@@ -315,12 +317,21 @@ def test_two_ranks(make_model, examples, tmp_path):
         "adaspec": (adaspec_step, (target, reference, Method("adaspec"))),
         "distilled": (distillation_step, (target, Method("distillspec"))),
     }
-    summaries = {}
+    summaries, histories = {}, {}
     for name, (step, inputs) in steps.items():
         draft = copy.deepcopy(models["draft"])
-        summaries[name] = train.train(draft, examples, step, inputs, **settings)
+        validation = Validation(examples[:5], rows_at_once=5)
+        validation.ask(target)
+        histories[name] = History(validation=validation)
+        summaries[name] = train.train(
+            draft, examples, step, inputs, history=histories[name], **settings
+        )
         weights, expected = flat(results[name]), flat(draft.state_dict())
         # not weight by weight: Adam's first steps are +-lr for a gradient that is but rounding
         assert (weights - expected).norm() < 1e-5 * expected.norm(), name
     for key, value in results["summary"].items():
         assert value.item() == pytest.approx(summaries["adaspec"][key], rel=1e-4), key
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    for line, expected in zip(lines, histories["adaspec"].lines, strict=True):
+        for key in expected.keys() - {"seconds", "tokens_per_second"}:
+            assert line[key] == pytest.approx(expected[key], rel=1e-4), key

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import data
 import ranks
 from distillspec import OnPolicy, ResponseWriter
+from history import History, Validation
 from settings import Method
 from storage import Checkpoints
 from teacher import Frozen, ReferenceLoss, TokenCache, shard_layers
@@ -60,12 +61,21 @@ for name, rows in (("sharded-13", 13), ("sharded-21", 21)):
     fill(sharded_target, name, rows)
     assert parameters_here(model) < 0.75 * size, "a rank holds more than its share"
 
-# Training: ranks of unequal token counts, and a filter over both
+# Training: ranks of unequal token counts, and a filter over both; alpha is watched with a target
+# that both hold a part of
+
+model = load("target")
+spread_target = Frozen(model, 400)
+shard_layers(model)
 
 reference = ReferenceLoss(Frozen(load("reference"), 400), whole_target, "fkl")
+validation = Validation(examples[:5], rows_at_once=2)
+validation.ask(spread_target)
+history = History(folder / "history.jsonl", validation)
 draft = load("draft")
 inputs = whole_target, reference, Method("adaspec")
-summary = train(draft, examples, adaspec_step, inputs, **settings)
+summary = train(draft, examples, adaspec_step, inputs, history=history, **settings)
+assert len(history.lines) == (7 if ranks.rank() == 0 else 0)
 save("adaspec", dict(draft.state_dict()))
 save("summary", {key: torch.tensor(summary[key]) for key in ("loss", "loss_tokens", "tokens")})
 draft = load("draft")

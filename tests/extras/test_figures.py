@@ -1,5 +1,6 @@
 """Figures of all kinds are drawn, of rows that have what they need, and say what they lack."""
 
+import json
 import sys
 
 import pytest
@@ -76,3 +77,39 @@ def test_figures_ask_for_matplotlib(monkeypatch, tmp_path):
     (tmp_path / "run.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match="figures need matplotlib: pip install matplotlib"):
         report.main(["figures", str(tmp_path / "run.json"), str(tmp_path / "figures")])
+    with pytest.raises(ValueError, match="figures need matplotlib: pip install matplotlib"):
+        report.main(["history", str(tmp_path), str(tmp_path / "figures")])
+
+
+def write_history(folder, alphas, **more):
+    folder.mkdir(parents=True)
+    lines = [{"step": 0, "alpha": alphas[0]}] if alphas else []
+    for step in range(1, 5):
+        lines.append({"step": step, "loss": 2 / step, **more})
+        if alphas:
+            lines[-1]["alpha"] = alphas[step]
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_histories_of_a_run(tmp_path, capsys):
+    """A figure a pair and task, a line a seed; stages that are still trained are there too."""
+    pytest.importorskip("matplotlib")
+    for seed in ("seed0", "seed1"):
+        cell = tmp_path / "runs" / "tiny" / "gsm8k" / seed
+        write_history(cell / "target", [])
+        write_history(cell / "distilled-3-epochs", [0.3, 0.4, 0.5, 0.6, 0.7], selected=1.0)
+        write_history(cell / "adaspec.checkpoints", [0.3, 0.3, 0.4, 0.4, 0.5], selected=0.4)
+    write_history(tmp_path / "runs" / "toy" / "mbpp" / "seed0" / "adaspec", [], selected=0.4)
+    assert report.main(["history", str(tmp_path / "runs"), str(tmp_path / "figures")]) == 0
+    files = sorted((tmp_path / "figures").iterdir())
+    assert [path.stem for path in files] == ["tiny-gsm8k-history", "toy-mbpp-history"]
+    assert min(path.stat().st_size for path in files) > 5000
+    assert capsys.readouterr().out.split() == [str(path) for path in files]
+    with pytest.raises(ValueError, match=r"has no .*/history.jsonl; give the --out folder"):
+        report.main(["history", str(tmp_path / "figures"), str(tmp_path / "none")])
+
+
+def test_steps_and_values_of_a_history():
+    lines = [{"step": 0, "alpha": 0.3}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    assert figures.series(lines, "loss") == ([1, 2], [2.0, 1.0])
+    assert figures.series(lines, "alpha") == ([0], [0.3])
