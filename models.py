@@ -79,11 +79,10 @@ def ask_hub(name: str) -> None:
         HfApi().model_info(name, timeout=10)
         return
     except RepositoryNotFoundError:
-        answer = "the Hugging Face Hub does not have it, or not for you"
+        answer = "the Hub does not have it, or not for you"
     except Exception as error:
-        answer = f"the Hugging Face Hub cannot be asked: {' '.join(str(error).split()):.200}"
-    message = f"no such folder: {name}; and as the id of a model (ORG/NAME), {answer}"
-    raise ValueError(printable(message))
+        answer = f"the Hub cannot be asked: {' '.join(str(error).split()):.200}"
+    raise ValueError(printable(f"no such folder: {name}; as a Hub id (ORG/NAME): {answer}"))
 
 
 # Checking and loading
