@@ -139,7 +139,7 @@ def prepare_cell(
         models = [check_model(name) for name in names]
         tokenizer = shared_tokenizer(names[0], names[-1])
         if isinstance(pair.draft, int):
-            names.append(f"{names[0]} of {pair.draft} layers")
+            names.append(f"{names[0]}'s draft")
             models.append(keep_layers(check_model(names[0]), range(pair.draft)))
     examples, dropped = encode_rows(form, rows, tokenizer, settings)
     test, test_dropped = encode_rows(form, test_rows, tokenizer, settings)
