@@ -76,3 +76,12 @@ def test_figures_ask_for_matplotlib(monkeypatch, tmp_path):
     (tmp_path / "run.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match="figures need matplotlib: pip install matplotlib"):
         report.main(["figures", str(tmp_path / "run.json"), str(tmp_path / "figures")])
+
+
+def test_two_drafts_of_one_label_are_not_drawn_as_one():
+    rows = make_rows(["base"], folder="base-draft") + make_rows(["AdaSPEC"], folder="adaspec")
+    figures.check_labels(rows)
+    figures.check_labels(make_rows(["AdaSPEC"]) * 2)  # recorded before rows had a folder
+    words = "adaspec and adaspec-0123abcd of tiny, gsm8k, seed 0 are both called AdaSPEC"
+    with pytest.raises(ValueError, match=words):
+        figures.check_labels([*rows, *make_rows(["AdaSPEC"], folder="adaspec-0123abcd")])
