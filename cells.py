@@ -135,12 +135,8 @@ def prepare_cell(
         with torch.device("meta"):
             models = [scratch_model(sizes, tokenizer, seed) for sizes in pair.models]
     else:
-        names = [resolve_model(name, settings.models_dir) for name in pair.models]
-        models = [check_model(name) for name in names]
-        tokenizer = shared_tokenizer(names[0], names[-1])
-        if isinstance(pair.draft, int):
-            names.append(f"{names[0]}'s draft")
-            models.append(keep_layers(check_model(names[0]), range(pair.draft)))
+        names, models = pretrained_models(pair, settings)
+        tokenizer = shared_tokenizer(names[0], names[len(pair.models) - 1])
     examples, dropped = encode_rows(form, rows, tokenizer, settings)
     test, test_dropped = encode_rows(form, test_rows, tokenizer, settings)
     name = own_name(names, pair, settings) if pair_name == "custom" else pair_name
@@ -161,6 +157,16 @@ def prepare_cell(
         model_names=names[: len(models)],
         models=models,
     )
+
+
+def pretrained_models(pair: Pair, settings: Settings) -> tuple[list[str], list[torch.nn.Module]]:
+    """Folders or Hub ids of a pair's models, and the models without weights."""
+    names = [resolve_model(name, settings.models_dir) for name in pair.models]
+    models = [check_model(name) for name in names]
+    if isinstance(pair.draft, int):
+        names.append(f"{names[0]}'s draft")  # it is yet to be made
+        models.append(keep_layers(check_model(names[0]), range(pair.draft)))
+    return names, models
 
 
 def own_name(names: list[str], pair: Pair, settings: Settings) -> str:
