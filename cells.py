@@ -1,6 +1,7 @@
 """A cell: the rows, models and settings of one pair, task and seed, and the plans of its stages."""
 
 import math
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -20,13 +21,21 @@ from data import (
     train_tokenizer,
 )
 from head import Head
-from models import check_model, model_identity, resolve_model, scratch_model, shared_tokenizer
+from models import (
+    check_model,
+    keep_layers,
+    load_model,
+    model_identity,
+    resolve_model,
+    scratch_model,
+    shared_tokenizer,
+)
 from own_rows import turn_end
 from ranks import check_stop, from_rank_0, rank, say, world_size
 from settings import PAIRS, Method, Pair, Recipe, Settings, recipe
 from speculative import Lane
 from stages import Plan, fit, on_policy, written_by_target
-from storage import Model, fingerprint
+from storage import Model, fingerprint, finished_stage, write_stage
 from train import DTYPES, fine_tuning_step, fraction_kept
 
 SCRATCH_VOCABULARY = 512  # of a pair that is given by sizes
@@ -121,7 +130,8 @@ def prepare_cell(
     Raises ValueError where rows, models or tokenizers are missing or do not fit.
     """
     check_stop()
-    pair = Pair(settings.target, settings.draft) if pair_name == "custom" else pairs[pair_name]
+    own_pair = Pair(settings.target, settings.draft or settings.draft_layers)
+    pair = own_pair if pair_name == "custom" else pairs[pair_name]
     rows = read_rows(task, "train", settings.limit, settings)
     test_rows = read_rows(task, settings.split, settings.eval_prompts, settings)
     form = "custom" if settings.chat else task
@@ -131,16 +141,11 @@ def prepare_cell(
         with torch.device("meta"):
             models = [scratch_model(sizes, tokenizer, seed) for sizes in pair.models]
     else:
-        names = [resolve_model(name, settings.models_dir) for name in pair.models]
-        models = [check_model(name) for name in names]
-        tokenizer = shared_tokenizer(names[0], names[-1])
+        names, models = pretrained_models(pair, settings)
+        tokenizer = shared_tokenizer(names[0], names[len(pair.models) - 1])
     examples, dropped = encode_rows(form, rows, tokenizer, settings)
     test, test_dropped = encode_rows(form, test_rows, tokenizer, settings)
-    name = pair_name
-    if pair_name == "custom":  # by what the models are: two folders may have one name
-        identities = [model_identity(name, Path(settings.out)) for name in names]
-        short_names = "-".join(Path(name).name for name in names)
-        name = f"custom-{short_names}-{fingerprint({'models': identities})[:8]}"
+    name = own_name(names, pair, settings) if pair_name == "custom" else pair_name
     return Cell(
         name=name,
         task=task,
@@ -165,6 +170,35 @@ def read_rows(task: str, split: str, limit: int | None, settings: Settings) -> l
     """The first rows of a split, as chats where that is asked for."""
     rows = load_rows(task, split, settings.data_dir, limit, settings.dataset)
     return as_chats(task, rows) if settings.chat and task != "custom" else rows
+
+
+def pretrained_models(pair: Pair, settings: Settings) -> tuple[list[str], list[torch.nn.Module]]:
+    """Folders or Hub ids of a pair's models, and the models without weights."""
+    names = [resolve_model(name, settings.models_dir) for name in pair.models]
+    models = [check_model(name) for name in names]
+    if isinstance(pair.draft, int):
+        names.append(f"{names[0]}'s draft")  # it is yet to be made
+        models.append(keep_layers(check_model(names[0]), range(pair.draft)))
+    return names, models
+
+
+def own_name(names: list[str], pair: Pair, settings: Settings) -> str:
+    """The name of the pair custom, by what its models are: two folders may have one name."""
+    short_names = [short_name(name) for name in names]
+    identities = [model_identity(name, Path(settings.out)) for name in names[: len(pair.models)]]
+    if isinstance(pair.draft, int):
+        short_names[1] = f"{pair.draft}-layer"
+        identities.append(pair.draft)
+    return f"custom-{'-'.join(short_names)}-{fingerprint({'models': identities})[:8]}"
+
+
+def short_name(name: str) -> str:
+    """The last part of a folder or Hub id, and the one before where that is a mere role."""
+    path = Path(name)
+    if path.is_dir():
+        path = Path(os.path.abspath(path))
+    is_role = path.name.lower() in ("target", "draft", "model", "checkpoint")
+    return "-".join(path.parts[-2:]) if is_role and path.parent.name else path.name
 
 
 def row_texts(task: str, rows) -> list[str]:
@@ -267,14 +301,31 @@ def check_cell(cell: Cell, methods: list[Method]) -> None:
 
 
 def base_models(cell: Cell) -> tuple[Model, Model | None]:
-    """Target and draft before any stage: pretrained ones, or pretrained here."""
-    if not isinstance(cell.pair.target, dict):
-        folder = Path(cell.settings.out)
-        models = [Model(name, model_identity(name, folder)) for name in cell.model_names]
-        return models[0], models[1] if cell.pair.draft else None
-    target = pretrained(cell, "base-target", cell.pair.target, cell.target_seed)
-    draft = cell.pair.draft and pretrained(cell, "base-draft", cell.pair.draft, cell.seed)
-    return target, draft
+    """Target and draft before any stage: pretrained elsewhere or here, or the target's layers."""
+    if isinstance(cell.pair.target, dict):
+        target = pretrained(cell, "base-target", cell.pair.target, cell.target_seed)
+        draft = cell.pair.draft and pretrained(cell, "base-draft", cell.pair.draft, cell.seed)
+        return target, draft
+    out = Path(cell.settings.out)
+    names = cell.model_names[: len(cell.pair.models)]
+    models = [Model(name, model_identity(name, out)) for name in names]
+    if isinstance(cell.pair.draft, int):
+        models.append(first_layers(cell, models[0]))
+    return models[0], models[1] if cell.pair.draft else None
+
+
+def first_layers(cell: Cell, target: Model) -> Model:
+    """A draft of the target's first layers, untrained: one for all tasks and seeds of the pair."""
+    folder = Path(cell.settings.out, cell.name, "base-draft")
+    settings = {"target": target.fingerprint, "first layers": cell.pair.draft}
+    finished = finished_stage(folder, settings)
+    if finished:
+        return finished
+    say(f"  {folder.name}: made of the target's first layers, {cell.pair.draft} in all")
+    draft = None
+    if rank() == 0:
+        draft = keep_layers(load_model(target.path, "auto"), range(cell.pair.draft))
+    return write_stage(folder, settings, {}, draft, cell.tokenizer)
 
 
 def pretrained(cell: Cell, name: str, sizes: dict, seed: int) -> Model:

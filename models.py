@@ -1,4 +1,4 @@
-"""Models and tokenizers: find them, check them before long work, load them, tell them apart.
+"""Models and tokenizers: find them, check them before long work, load, make and tell them apart.
 
 Whatever is wrong with one is a ValueError of one line. Nothing that a model brings along is ever
 run: no code of its own (`trust_remote_code` stays off), and a pickle only as weights.
@@ -7,12 +7,14 @@ run: no code of its own (`trust_remote_code` stays off), and a pickle only as we
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -58,14 +60,29 @@ def resolve_model(name: str, models_dir: str | None) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless this is a folder or can be a Hub id: a mistyped path is no id, so
-    the Hub is not asked for it."""
+    """Raises ValueError unless this is a folder, or the id of a model that the Hub or its cache
+    here has: a mistyped path is no id, so the Hub is not asked for it."""
     path = Path(name)
     if path.is_file():
         raise ValueError(f"{name} is a file; give the folder with config.json and the weights")
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name))
     if not path.is_dir() and (not is_id or (len(path.parts) > 1 and path.parent.is_dir())):
         raise ValueError(f"no such folder: {name}")
+    if not path.is_dir() and not try_to_load_from_cache(str(name), "config.json"):
+        ask_hub(str(name))
+
+
+def ask_hub(name: str) -> None:
+    """Ask the Hub once whether it has a model: a download would try six times, for half a minute,
+    where the Hub cannot be reached. Raises ValueError."""
+    try:
+        HfApi().model_info(name, timeout=10)
+        return
+    except RepositoryNotFoundError:
+        answer = "the Hub does not have it, or not for you"
+    except Exception as error:
+        answer = f"the Hub cannot be asked: {' '.join(str(error).split()):.200}"
+    raise ValueError(printable(f"no such folder: {name}; as a Hub id (ORG/NAME): {answer}"))
 
 
 # Checking and loading
@@ -255,6 +272,9 @@ def ignored_settings(*names: str) -> str:
     return printable(text)
 
 
+# Making
+
+
 def scratch_model(sizes: dict, tokenizer, seed: int) -> torch.nn.Module:
     """A GPT-NeoX of these sizes for this tokenizer, with random weights."""
     end = tokenizer.eos_token_id
@@ -263,6 +283,41 @@ def scratch_model(sizes: dict, tokenizer, seed: int) -> torch.nn.Module:
     config = GPTNeoXConfig(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **sizes)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config)
+
+
+def keep_layers(model: torch.nn.Module, indices: Sequence[int]) -> torch.nn.Module:
+    """Drop all decoder layers of a model but these, in place; returns it. Embeddings, last norm and
+    head stay: a draft to start training from.
+
+    Raises ValueError where the indices are not some of the model's layers, each once and in order,
+    and for a model whose layers are not in one list.
+    """
+    config, base = model.config, model.base_model
+    count = getattr(config, "num_hidden_layers", 0)  # of CodeGen too: an alias of its n_layer
+    if not indices or sorted({*indices} & {*range(count)}) != list(indices):
+        kept = f"cannot keep {len(indices)} of the model's {count} layers"
+        raise ValueError(f"{kept}; at least one, and each once and in order, can be kept")
+    names = [
+        name
+        for name, module in base.named_children()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    ]
+    if len(names) != 1:
+        raise ValueError(
+            f"{type(model).__name__}: expected one list of {count} decoder layers, got {len(names)}"
+        )
+    layers = torch.nn.ModuleList(getattr(base, names[0])[i] for i in indices)
+    setattr(base, names[0], layers)
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index  # its place in a cache
+    for setting, value in list(vars(config).items()):
+        is_by_layer = isinstance(value, (list, tuple)) and len(value) == count
+        if "layer" in setting and is_by_layer:  # such as layer_types
+            vars(config)[setting] = [value[i] for i in indices]
+    config.num_hidden_layers = len(indices)
+    return model
 
 
 # Telling apart

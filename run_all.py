@@ -6,7 +6,7 @@
 
 A cell is a pair, a task and a seed, and has a folder of stages (stages.py): the target fine-tuned,
 the reference distilled, the drafts. Start the same command again and what is finished is used
-again, what was stopped goes on, and a changed setting re-runs what depends on it.
+again, what was stopped goes on, and a changed setting trains what depends on it, beside the other.
 """
 
 import interrupt  # noqa: F401 -- first: it makes Ctrl-C during the other imports one line
@@ -80,29 +80,25 @@ def run_cell(cell, methods: Sequence[Method], evaluation: Callable | None = None
 def evaluate_drafts(
     cell, target: Model, drafts: dict, costs: dict, load: Callable = load_model
 ) -> list[dict]:
-    """The drafts' rows of the table. The rows of each draft are a file, named by its label and the
-    protocol: used again if target, draft and prompts are the same, and replaced if not."""
-    folder = cell.folder / "evaluations"
+    """The drafts' rows of the table. The rows of each draft are a file, named by its label, the
+    protocol and what the models are: used again, and replaced if prompts or temperatures are
+    others."""
     protocol = evaluation_protocol(cell)
-    rows, paths, subjects = {}, {}, {}
+    subject = {"prompts": digest(cell.test), "temperatures": list(cell.settings.temperatures)}
+    rows, paths = {}, {}
     for label, draft in drafts.items():
-        models = [target.fingerprint, draft.fingerprint]
-        subjects[label] = {"draft": label, "models": models, "prompts": digest(cell.test)}
-        subjects[label]["temperatures"] = list(cell.settings.temperatures)
-        paths[label] = evaluation_path(cell, label)
+        paths[label] = evaluation_path(cell, label, target, draft)
         record = from_rank_0(storage.read_json(paths[label]) if rank() == 0 else None)
-        if record.get("subject") == subjects[label]:
+        if record.get("subject") == subject:
             rows[label] = record["rows"]
     missing = {label: draft for label, draft in drafts.items() if label not in rows}
     if missing:
         measured = measure_drafts(cell, target, missing, load)
-        for label in missing:
-            rows[label] = [
-                protocol | row | costs.get(label, {}) for row in measured if row["draft"] == label
-            ]
+        for label, draft in missing.items():
+            more = costs.get(label, {}) | {"folder": Path(draft.path).name}
+            rows[label] = [protocol | row | more for row in measured if row["draft"] == label]
             if rank() == 0:
-                remove_outdated(folder, subjects[label])
-                record = {"subject": subjects[label], "rows": rows[label]}
+                record = {"subject": subject, "rows": rows[label]}
                 record |= {"command": storage.command_line(), "git": storage.git_commit()}
                 storage.write_json(paths[label], record)
     by_temperature = zip(*(rows[label] for label in drafts), strict=True)
@@ -120,10 +116,11 @@ def measure_drafts(cell, target: Model, drafts: dict, load: Callable) -> list[di
     return from_rank_0(rows)  # rank 0's have the timings
 
 
-def evaluation_path(cell, label: str) -> Path:
+def evaluation_path(cell, label: str, target: Model, draft: Model) -> Path:
     """The file of a draft's rows."""
-    settings = evaluation_protocol(cell) | {"draft": label}
-    return cell.folder / "evaluations" / f"{storage.fingerprint(settings)}.json"
+    subject = {"draft": label, "models": [target.fingerprint, draft.fingerprint]}
+    name = storage.fingerprint(evaluation_protocol(cell) | subject)
+    return cell.folder / "evaluations" / f"{name}.json"
 
 
 def evaluation_protocol(cell) -> dict:
@@ -134,16 +131,6 @@ def evaluation_protocol(cell) -> dict:
     protocol |= {"train_rows": len(cell.examples), "prompts": len(cell.test)}
     protocol["timed_prompts"] = min(cell.settings.timed_prompts, len(cell.test))
     return protocol | {"device": cell.device.type, "ranks": world_size()} | storage.versions()
-
-
-def remove_outdated(folder: Path, subject: dict) -> None:
-    """Remove evaluations of what is gone: of a draft of this label that was trained otherwise, and
-    of drafts of a target that was."""
-    for path in folder.glob("*.json"):
-        other = storage.read_json(path).get("subject", subject)
-        retrained = other["draft"] == subject["draft"] and other["models"] != subject["models"]
-        if retrained or other["models"][0] != subject["models"][0]:
-            storage.remove_checked(path)
 
 
 def write_results(out: str, started: float) -> None:

@@ -21,16 +21,18 @@ from train import DECAYS, DTYPES, SELECTIONS
 @dataclass(frozen=True)
 class Pair:
     """A target and a draft: names of pretrained models (Hub ids or folders), or GPT-NeoX sizes to
-    train from scratch."""
+    train from scratch. A draft can also be a number: as many of the target's first layers."""
 
     target: str | dict
-    draft: str | dict | None  # None: a draft of another kind, such as an EAGLE head
+    draft: str | dict | int | None  # None: a draft of another kind, such as an EAGLE head
     target_lr: float = 1e-5  # as in the official scripts
     lr: float = 3e-4  # of reference and draft, for a pair that the paper does not have
 
     @property
     def models(self) -> list:
-        return [model for model in (self.target, self.draft) if model]
+        """Names or sizes, without that of a draft that is made of the target's layers."""
+        given = [self.target] if isinstance(self.draft, int) else [self.target, self.draft]
+        return [model for model in given if model]
 
 
 TINY_TARGET = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -80,6 +82,8 @@ def recipe(task: str, pair_name: str, pair: Pair, settings: "Settings") -> Recip
     lr, epochs = by_pair.get(pair_name, (pair.lr, (3, 3, 3)))
     if settings.regime == "3-epoch":
         epochs = (3, 3, 3)
+    if pair_name == "custom":
+        epochs = (0, 3, 3)  # a target that is served stays as it is
     return Recipe(settings.batch or batch_size, settings.lr or lr, settings.epochs or epochs)
 
 
@@ -184,11 +188,17 @@ class Settings:
     pairs: tuple[str, ...] = flag(
         ("pythia", "codegen"),
         some_of([*PAIRS, "custom"]),
-        f"comma-separated, of {', '.join(PAIRS)}, custom",
+        f"comma-separated, of {', '.join(PAIRS)}, custom (which --target alone says, too)",
         "grid",
     )
     target: str | None = flag(None, str, "pair custom: Hub id or folder of your target", "grid")
     draft: str | None = flag(None, str, "pair custom: Hub id or folder of your draft", "grid")
+    draft_layers: int | None = flag(
+        None,
+        whole(),
+        "pair custom: make the draft, of so many of the target's first layers",
+        "grid",
+    )
     methods: tuple = flag(
         ("distillspec", "adaspec"),
         some_of(METHODS),
@@ -236,7 +246,10 @@ class Settings:
         None, decimal(0, math.inf, above=True), "of reference and draft; without it the recipe's"
     )
     epochs: tuple[int, int, int] | None = flag(
-        None, numbers, "target,reference,draft (target 0: it is fine-tuned already)"
+        None,
+        numbers,
+        "target,reference,draft; target 0: taken as it is. Without it those of --regime, and for "
+        "the pair custom 0,3,3",
     )
     max_steps: int | None = flag(None, whole(), "cut every stage short")
     validation_rows: int = flag(
@@ -287,6 +300,8 @@ def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Setti
     chosen = parser.parse_known_args(argv)[0]
     parser.set_defaults(**PRESETS.get(chosen.preset, {}))
     parser.set_defaults(**PROTOCOLS.get(chosen.protocol, {}))
+    if getattr(chosen, "target", None):  # no flag of every command
+        parser.set_defaults(pairs=("custom",))
     arguments = vars(parser.parse_args(argv))
     names = {setting.name for setting in fields(settings_class)}
     settings = settings_class(**{key: arguments[key] for key in names & arguments.keys()})
@@ -314,12 +329,20 @@ def contradiction(settings: Settings) -> str | None:
         return f"--seeds must be different numbers, got {','.join(map(str, settings.seeds))}"
     if settings.epochs and (len(settings.epochs) != 3 or min(settings.epochs[1:]) < 1):
         return "--epochs takes three numbers: target (0 or more), reference and draft (1 or more)"
-    if "custom" in settings.pairs and not (settings.target and settings.draft):
-        return "--pairs custom needs --target and --draft"
     if settings.dataset and "custom" not in settings.tasks:
         return "--dataset holds the rows of the task custom: add --tasks custom"
-    if "custom" not in settings.pairs and (settings.target or settings.draft):
-        return "--target and --draft are the pair custom: add --pairs custom"
     if settings.log_dir and not find_spec("tensorboard"):
         return "--log-dir needs tensorboard: pip install tensorboard"
+    return contradiction_of_pair(settings)
+
+
+def contradiction_of_pair(settings: Settings) -> str | None:
+    """What is wrong with the flags of the pair custom."""
+    drafts = [draft for draft in (settings.draft, settings.draft_layers) if draft]
+    if not settings.target and (drafts or "custom" in settings.pairs):
+        return "the pair custom needs --target, and --draft or --draft-layers"
+    if settings.target and "custom" not in settings.pairs:
+        return "--target is the pair custom: add it to --pairs, or leave --pairs out"
+    if settings.target and len(drafts) != 1:
+        return "--target needs a draft: either --draft or --draft-layers"
     return None

@@ -48,8 +48,9 @@ def fit(
     Its folder is under the plan's seed, which differs from the cell's only for a target that is
     shared by all seeds.
     """
-    folder = cell.folder.with_name(f"seed{plan.seed}") / plan.name
     settings = stage_settings(cell, plan, target, reference)
+    folder = cell.folder.with_name(f"seed{plan.seed}") / plan.name
+    folder = storage.stage_folder(folder, settings)
     finished = storage.finished_stage(folder, settings)
     if finished:
         return finished
@@ -288,8 +289,9 @@ def target_forwards(
 def training_cost(cell, stages: Sequence[Model]) -> dict:
     """What a draft's training took, its reference's included: passes over the data, optimiser
     steps, tokens that bore loss, seconds (without those of caches and of responses that the target
-    writes), and rows that the target was run on."""
-    summaries = [storage.read_json(Path(stage.path, "stage.json"))["summary"] for stage in stages]
+    writes), and rows that the target was run on; and the draft's learning rate."""
+    records = [storage.read_json(Path(stage.path, "stage.json")) for stage in stages]
+    summaries = [record["summary"] for record in records]
     keys = ("rows", "steps", "loss_tokens", "seconds")
     cost = {key: sum(summary[key] for summary in summaries) for key in keys}
     forwards = {}
@@ -297,4 +299,5 @@ def training_cost(cell, stages: Sequence[Model]) -> dict:
         forwards |= summary["target_forwards"]
     cost["epochs"] = cost["rows"] / len(cell.examples)
     cost["target_forwards"] = sum(forwards.values())
+    cost["lr"] = records[-1]["settings"]["lr"]
     return cost

@@ -157,6 +157,28 @@ class Model(NamedTuple):
     fingerprint: str
 
 
+def stage_folder(folder: Path, settings: dict) -> Path:
+    """Where a stage of these settings goes: `folder` or, where that has a stage of other settings,
+    finished or not, the folder that has their fingerprint after its name. So nothing trained is
+    replaced. The same answer on every rank."""
+    wanted = fingerprint(settings)
+    own = folder.with_name(f"{folder.name}-{wanted[:8]}")
+    choice = folder
+    if rank() == 0 and (own.exists() or checkpoint_folder(own).exists()):
+        choice = own
+    elif rank() == 0 and _is_taken(folder, wanted):
+        say(f"  {folder.name}: other settings than in {folder}; goes to {own.name}")
+        choice = own
+    return from_rank_0(choice)
+
+
+def _is_taken(folder: Path, wanted: str) -> bool:
+    finished = read_json(folder / "stage.json").get("fingerprint")
+    if finished:
+        return finished != wanted
+    return any(wanted not in path.name for path in checkpoint_folder(folder).glob("*.pt"))
+
+
 def finished_stage(folder: Path, settings: dict) -> Model | None:
     """The stage in `folder` if it was made by equal settings and its files are whole, else None;
     says so where it is damaged. The same answer on every rank."""
@@ -184,6 +206,17 @@ def save_stage(
 ) -> Model:
     """Save a trained model and its history.History as the stage in `folder`, in place of what was
     there; rank 0 does."""
+    stage = write_stage(folder, settings, summary, model, tokenizer, history)
+    remarks = history.remarks() if history else ""
+    loss = f"last loss {summary['loss']:.4f}{remarks}"
+    say(f"  {folder.name}: {summary['steps']} steps, {loss}, {summary['seconds']} s")
+    return stage
+
+
+def write_stage(
+    folder: Path, settings: dict, summary: dict, model, tokenizer, history=None
+) -> Model:
+    """`save_stage` without a word; the model is needed on rank 0 only."""
     stage = Model(str(folder), fingerprint(settings))
     if rank() == 0:
         partial = folder.with_name(folder.name + ".partial")
@@ -204,9 +237,6 @@ def save_stage(
         remove_folder(folder)
         partial.rename(folder)  # only a whole folder ever carries the name
         remove_folder(checkpoint_folder(folder))
-    remarks = history.remarks() if history else ""
-    loss = f"last loss {summary['loss']:.4f}{remarks}"
-    say(f"  {folder.name}: {summary['steps']} steps, {loss}, {summary['seconds']} s")
     return from_rank_0(stage)
 
 

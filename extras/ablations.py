@@ -202,7 +202,7 @@ def add_correlations(cell: Cell, target: Model, drafts: dict, rows: list[dict]) 
     by_folder = cell_correlations(finished, cell.test, len(cell.tokenizer), cell.rows_at_once)
     for row in rows:
         row.update(by_folder.get(Path(drafts[row["draft"]].path), {}))
-    store(cell, rows)
+    store(cell, target, drafts, rows)
 
 
 def add_speedups(cell: Cell, target: Model, drafts: dict, rows: list[dict]) -> None:
@@ -234,13 +234,13 @@ def add_speedups(cell: Cell, target: Model, drafts: dict, rows: list[dict]) -> N
         for label, row in own_rows.items():
             row["speedup_by_gamma"] = speedups[label]
     bar.close()
-    store(cell, rows)
+    store(cell, target, drafts, rows)
 
 
-def store(cell: Cell, rows: list[dict]) -> None:
+def store(cell: Cell, target: Model, drafts: dict, rows: list[dict]) -> None:
     """Put the rows, with their new columns, in the place of those in the cell's files."""
-    for label in {row["draft"] for row in rows}:
-        path = evaluation_path(cell, label)
+    for label, draft in drafts.items():
+        path = evaluation_path(cell, label, target, draft)
         own_rows = [row for row in rows if row["draft"] == label]
         storage.write_json(path, storage.read_json(path) | {"rows": own_rows})
 

@@ -467,8 +467,8 @@ def head_plan(cell: Cell, method: Method, target: Model) -> Plan:
 
 def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = None) -> Model:
     """As stages.fit: train the stage of a head, or find it finished."""
-    folder = cell.folder / plan.name
     settings = stage_settings(cell, plan, target, reference)
+    folder = storage.stage_folder(cell.folder / plan.name, settings)
     finished = storage.finished_stage(folder, settings)
     if finished:
         return finished
@@ -528,6 +528,7 @@ class EagleSettings(StudySettings):
     target: str | None = None
     draft: str | None = None
     validation_rows: int = 0  # alpha is not watched: a head needs the target's states for it
+    draft_layers: int | None = None
     methods: tuple = flag(
         ("distillspec", "adaspec"),
         some_of(["distillspec", "adaspec"]),

@@ -29,9 +29,10 @@ def figures(rows: list[dict], folder, pictures=()) -> list[Path]:
     """Draw what the rows of a results.json can give, for each pair, and the pictures, into PNG
     files of a folder; returns the files.
 
-    Raises ValueError where matplotlib is not installed.
+    Raises ValueError where matplotlib is not installed, or two drafts of a cell have one label.
     """
     new_figure()
+    check_labels(rows)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -45,6 +46,19 @@ def figures(rows: list[dict], folder, pictures=()) -> list[Path]:
         files.append(folder / "{pair}-{task}-seed{seed}-picture.png".format(**record))
         draw_picture(record, files[-1])
     return files
+
+
+def check_labels(rows: list[dict]) -> None:
+    """Drafts trained by other settings in one --out have one label and folders of their own; a
+    figure would take them for one. Raises ValueError."""
+    folders = {}
+    for row in rows:
+        draft = (row["pair"], row["task"], row["seed"], row["draft"])
+        folder = folders.setdefault(draft, row.get("folder"))
+        if row.get("folder") != folder:
+            cell = f"{row['pair']}, {row['task']}, seed {row['seed']}"
+            both = f"{folder} and {row['folder']} of {cell} are both called {row['draft']}"
+            raise ValueError(f"{both}; draw runs that have an --out each")
 
 
 def new_figure(**settings):

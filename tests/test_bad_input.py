@@ -214,6 +214,12 @@ CASES = [
     *((f"{OWN} --draft {name}", words) for name, words in MODELS.items()),
     (f"--pairs custom {ENDLESS} --data-dir {{w}}/rows/good", "an end token"),
     ("--pairs custom --target ../no/such --draft b --data-dir {w}/rows/good", "../no/such"),
+    (
+        "--target smolm2 --draft-layers 1 --data-dir {w}/rows/good",
+        "no such folder: smolm2; as a Hub",
+    ),
+    (f"{OWN} --draft-layers 9", "cannot keep 9 of the model's 1 layers"),
+    (f"{OWN} --draft-layers 1 --draft draft", "either --draft or --draft-layers"),
     ("--pairs tiny --tasks mbpp --data-dir {w}/rows/tests", "test_list must be a list of texts"),
     ("--pairs tiny --tasks custom", "give --data-dir"),
     (f"{TINY} --k 0", "argument --k: must be a number above 0"),

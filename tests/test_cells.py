@@ -193,6 +193,57 @@ def test_an_own_pair_is_named_by_what_its_models_are(toy_settings, save_pair, mo
     assert custom_cell(toy_settings, target, draft).name == name
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M"),
+        ("org/draft", "org-draft"),
+        ("{}/llama/draft", "llama-draft"),
+        ("{}/llama/Target/", "llama-Target"),
+        ("{}/llama", "llama"),
+        ("{}/llama/../qwen/model", "qwen-model"),
+    ],
+)
+def test_a_folder_called_by_its_role_is_named_with_the_one_above(name, expected, tmp_path):
+    for folder in ("llama/draft", "llama/Target", "qwen/model"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert cells.short_name(name.format(tmp_path)) == expected
+
+
+def test_a_draft_of_the_targets_layers_is_made_once(toy_settings, save_pair, make_model, capsys):
+    """After the checks, for all tasks and seeds; again where it is damaged."""
+    target, _ = save_pair("a")
+    make_model("llama", num_hidden_layers=3).save_pretrained(target)
+    settings = replace(toy_settings, target=str(target), draft_layers=2)
+
+    def prepare(seed=0):
+        return prepare_cell("custom", "arithmetic", seed, settings, CPU)
+
+    cell = prepare()
+    assert cell.name.startswith("custom-T-2-layer-")
+    assert [model.config.num_hidden_layers for model in cell.models] == [3, 2]
+    check_cell(cell, [METHODS["best"]])
+    folder = cell.folder.parents[1] / "base-draft"
+    assert not folder.exists(), "what is checked is not yet made"
+    base_target, draft = base_models(cell)
+    assert base_target.path == str(target) and draft.path == str(folder)
+    made = load_file(folder / "model.safetensors")
+    weights = load_file(target / "model.safetensors")
+    assert 0 < len(made) < len(weights)
+    assert all(tensor.equal(weights[name]) for name, tensor in made.items())
+    assert capsys.readouterr().out.count("base-draft: made of the target's first layers, 2") == 1
+    assert base_models(prepare(seed=1)) == (base_target, draft)
+    assert capsys.readouterr().out == "  base-draft: done before\n"
+    (folder / "model.safetensors").write_bytes(b"")
+    assert base_models(cell) == (base_target, draft)
+    assert load_file(folder / "model.safetensors").keys() == made.keys()
+    edit(target)
+    assert prepare().name != cell.name
+    settings = replace(settings, draft_layers=4)
+    with pytest.raises(ValueError, match="cannot keep 4 of the model's 3 layers"):
+        prepare()
+
+
 def test_base_models_of_a_pretrained_pair_are_known_by_their_content(toy_settings, save_pair):
     target, draft = save_pair("a")
     cell = custom_cell(toy_settings, target, draft)

@@ -4,7 +4,10 @@ import json
 import os
 import pickle
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -295,11 +298,53 @@ def test_mistyped_paths_are_not_tried_on_the_hub(tmp_path, monkeypatch, load, na
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "EleutherAI/pythia-31m", "a/b.c-d_e"])
-def test_hub_ids_are_tried(name, tmp_path, monkeypatch):
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The requests that reach a Hub of our own: it has no model whose name begins with smol,
+    and is out of order for others."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            is_missing = "smol" in self.path
+            self.send_response(404 if is_missing else 503)
+            self.send_header("X-Error-Code", "RepoNotFound" if is_missing else "")
+            self.end_headers()
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    constants = {"ENDPOINT": address, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "c")}
+    for name, value in constants.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"cannot load a causal language model from {name}: "):
-        check_model(name)
+    yield requests
+    server.shutdown()
+
+
+@pytest.mark.parametrize("load", [check_model, load_tokenizer, load_model])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("smolm2", "does not have it"),
+        ("smol/lm2", "does not have it"),
+        ("gpt2", "cannot be asked: .*503"),
+        ("EleutherAI/pythia-31m", "cannot be asked: .*503"),
+    ],
+)
+def test_the_hub_is_asked_once(hub, load, name, words):
+    """A mistyped folder may look like an id; a download would be tried six times, in 23 seconds."""
+    with pytest.raises(ValueError, match=rf"^no such folder: {name}; .*Hub {words}") as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+    assert [path for path in hub if name in path] == [f"/api/models/{name}"]
 
 
 def test_names_are_resolved_in_the_folder_of_models(tmp_path, monkeypatch):

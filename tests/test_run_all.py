@@ -145,44 +145,57 @@ def test_what_is_finished_is_used_again(run_copy, short_flags, capsys):
     assert (run_copy / "results.md").read_text() == page
 
 
-def test_a_changed_setting_reruns_what_depends_on_it(run_copy, short_flags, capsys):
-    """And results.json keeps the rows of earlier commands on this --out, but for drafts and targets
-    that are gone (issue 13.4)."""
+def test_a_changed_setting_trains_what_depends_on_it_beside(run_copy, short_flags, capsys):
+    """Nothing trained or measured goes, and each command prints the rows of its own drafts."""
     weights = times_of(run_copy.rglob("*.safetensors"))
-    rows = results_of(run_copy)["rows"]
     selective = [*short_flags, "--out", str(run_copy), "--methods", "AdaSPEC"]
 
-    run_all.main([*selective, "--k", "0.2"])
-    assert "  adaspec-k-0.2: 3 steps" in capsys.readouterr().out
-    assert times_of(weights) == weights
-    after = results_of(run_copy)
-    more = [row for row in after["rows"] if row not in rows]
+    def run(*flags):
+        """What is printed, and the rows that are new."""
+        before = results_of(run_copy)["rows"]
+        run_all.main([*selective, *flags])
+        assert times_of(weights) == weights
+        after = results_of(run_copy)["rows"]
+        assert all(row in after for row in before)
+        return capsys.readouterr().out, [row for row in after if row not in before]
+
+    printed, more = run("--k", "0.2")
+    assert "  adaspec-k-0.2: 3 steps" in printed and "other settings" not in printed
     assert labels_of(more) == [(0.0, "AdaSPEC k=0.2"), (1.0, "AdaSPEC k=0.2")]
-    assert len(after["rows"]) == len(rows) + 2
 
-    run_all.main([*selective, "--batch", "12"])
-    retrained = {path.parent.name for path, t in weights.items() if path.stat().st_mtime_ns != t}
-    assert retrained == {"target", "distilled-3-epochs", "adaspec"}
-    after = results_of(run_copy)["rows"]
-    assert set(labels_of(after)) == {(t, draft) for t in (0, 1) for draft in ("base", "AdaSPEC")}
-    assert len(after) == 4 and {row["prompts"] for row in after} == {6}
-    old = [row for row in rows if row["draft"] == "AdaSPEC"]
-    assert not any(row in after for row in old)
+    printed, more = run("--batch", "12")
+    folders = {path.parent.name for path in run_copy.rglob("stage.json")} - {*STAGES}
+    beside = {name.rpartition("-")[0]: name for name in folders if name != "adaspec-k-0.2"}
+    assert set(beside) == {"target", "distilled-3-epochs", "adaspec"}
+    for stage, folder in beside.items():
+        assert f"  {stage}: other settings than in " in printed
+        assert f"; goes to {folder}\n  " in printed
+    assert sorted(labels_of(more, "folder")) == [
+        (t, folder) for t in (0, 1) for folder in (beside["adaspec"], "base-draft")
+    ]
+    printed_rows = sorted(more, key=lambda row: (row["temperature"], row["draft"] != "base"))
+    assert tables.table(printed_rows) in printed, "and no others"
+
+    printed, more = run("--batch", "12")
+    assert f"  {beside['adaspec']}: done before\n" in printed and "other settings" not in printed
+    assert more == []
 
 
-def test_a_retrained_drafts_old_rows_go(tmp_path):
-    """Those of another number of prompts too: they are of a draft that is no more."""
-    run_toy(tmp_path, METHODS["distillspec"], METHODS["adaspec"])
-    run_toy(tmp_path, METHODS["distillspec"], eval_prompts=3)
+def test_drafts_of_one_label_are_told_apart(tmp_path):
+    """By their folder, rate and rows; also what was measured by another protocol stays."""
+    for changes in ({}, {"eval_prompts": 3}, {"lr": 1e-2, "limit": 20}):
+        run_toy(tmp_path, METHODS["distillspec"], **changes)
     rows = results_of(tmp_path)["rows"]
-    assert sorted({(row["draft"], row["prompts"]) for row in rows}) == [
-        ("AdaSPEC", 2), ("DistillSpec", 2), ("DistillSpec", 3), ("base", 2), ("base", 3),
+    keys = ("lr", "train_rows", "prompts")
+    drafts = [row for row in rows if row["draft"] == "DistillSpec" and not row["temperature"]]
+    assert sorted(tuple(row[key] for key in keys) for row in drafts) == [
+        (2e-3, 24, 2), (2e-3, 24, 3), (1e-2, 20, 2),
     ]  # fmt: skip
-    run_toy(tmp_path, METHODS["distillspec"], lr=1e-2, eval_prompts=4)
-    rows = results_of(tmp_path)["rows"]
-    assert sorted({(row["draft"], row["prompts"]) for row in rows}) == [
-        ("AdaSPEC", 2), ("DistillSpec", 4), ("base", 2), ("base", 3), ("base", 4),
-    ]  # fmt: skip
+    folders = {row["lr"]: row["folder"] for row in drafts}
+    assert folders[2e-3] == "distilled-1-epochs"
+    assert {lr: settings_of(tmp_path)[folder]["lr"] for lr, folder in folders.items()} == {
+        2e-3: 2e-3, 1e-2: 1e-2,
+    }  # fmt: skip
 
 
 def test_other_temperatures_are_evaluated_anew(tmp_path):
@@ -323,7 +336,8 @@ def test_who_writes_the_responses(tmp_path):
     assert min(lengths) >= 1 and max(lengths) <= 8
 
     train_toy(tmp_path, Method("distillspec", data="on-policy"), max_new_tokens=9)
-    (again,) = weights_of(tmp_path, names[2])
+    (beside,) = cell.glob(f"{names[2]}-????????")
+    (again,) = weights_of(tmp_path, beside.name)
     assert not torch.equal(again, trained[2]), "longer responses are other responses"
 
 
@@ -395,7 +409,7 @@ def test_an_own_pair_is_what_its_models_hold(tmp_path, tokenizer, make_model, ca
 
     def run(target, draft):
         flags = ["--target", target, "--draft", draft, "--data-dir", tmp_path / "rows"]
-        flags += ["--out", out, "--pairs", "custom", "--tasks", "custom"]
+        flags += ["--out", out, "--tasks", "custom"]
         run_all.main([*FEW, *map(str, flags), "--methods", "distillspec", "--max-steps", "1"])
         printed = capsys.readouterr().out
         assert printed.endswith("To serve the pair: docs/serving.md\n")
@@ -405,23 +419,44 @@ def test_an_own_pair_is_what_its_models_hold(tmp_path, tokenizer, make_model, ca
     for target, _ in pairs:
         GenerationConfig(repetition_penalty=1.3).save_pretrained(target)
     target, draft = pairs[0]
-    assert run(target, draft) == (0, 2)
-    assert set(settings_of(out)) == {"target", "distilled-3-epochs"}
+    assert run(target, draft) == (0, 1)
+    assert set(settings_of(out)) == {"distilled-3-epochs"}, "the target is taken as it is"
     os.utime(target / "config.json")
     os.utime(draft / "model.safetensors")
-    assert run("a/T", "./a/D/") == (2, 0)
-    assert run(*pairs[1]) == (0, 2)
+    assert run("a/T", "./a/D/") == (1, 0)
+    assert run(*pairs[1]) == (0, 1)
     state = (draft / "model.safetensors").stat()
     weights = load_file(draft / "model.safetensors")
     save_file({name: -tensor for name, tensor in weights.items()}, draft / "model.safetensors",
               {"format": "pt"})  # fmt: skip
     os.utime(draft / "model.safetensors", ns=(state.st_atime_ns, state.st_mtime_ns))
     assert (draft / "model.safetensors").stat().st_size == state.st_size
-    assert run(target, draft) == (0, 2), "another pair, in a cell of its own"
+    assert run(target, draft) == (0, 1), "another pair, in a cell of its own"
     rows = results_of(out)["rows"]
     cells = {row["pair"] for row in rows}
     assert len(cells) == 3 and all(name.startswith("custom-T-D-") for name in cells)
     assert len(rows) == 3 * 4
+
+
+def test_a_target_alone_and_a_number_of_layers_are_a_pair(tmp_path, tokenizer, make_model, capsys):
+    (target,) = save_models(tmp_path, make_model, tokenizer, ("llama",), ("T",), paddings=(16,))
+    write_rows(tmp_path / "rows", "custom")
+    flags = ["--target", str(target), "--draft-layers", "1", "--data-dir", str(tmp_path / "rows")]
+    flags += [*FEW, "--tasks", "custom", "--methods", "best", "--out", str(tmp_path / "out")]
+    run_all.main([*flags, "--max-steps", "1"])
+    stages = settings_of(tmp_path / "out")
+    assert set(stages) == {"base-draft", "best-6-epochs"}, "the target is taken as it is"
+    (folder,) = tmp_path.glob("out/custom-T-1-layer-*/base-draft")
+    record = json.loads((folder / "stage.json").read_text())
+    assert stages["best-6-epochs"]["init"] == record["fingerprint"]
+    rows = results_of(tmp_path / "out")["rows"]
+    assert {(row["draft"], row["folder"]) for row in rows} == {
+        ("base", "base-draft"), ("best", "best-6-epochs"),
+    }  # fmt: skip
+    capsys.readouterr()
+    run_all.main([*flags, "--max-steps", "1"])
+    printed = capsys.readouterr().out
+    assert printed.count(": done before") == 2 and "last loss" not in printed
 
 
 # Ranks
@@ -430,7 +465,7 @@ def test_an_own_pair_is_what_its_models_hold(tmp_path, tokenizer, make_model, ca
 def test_two_ranks_end_in_the_same_models(tmp_path, tokenizer, make_model):
     """Ranks of unequal token counts, a filter over both, prompts dealt to both, one voice."""
     target, draft = save_models(tmp_path, make_model, tokenizer, ("neox", "neox"), ("T", "D"))
-    flags = "--pairs custom --tasks arithmetic --limit 40 --max-steps 3 --eval-prompts 24".split()
+    flags = "--epochs 3,3,3 --tasks arithmetic --limit 40 --max-steps 3 --eval-prompts 24".split()
     flags += "--timed-prompts 1 --max-new-tokens 6 --max-length 128 --dtype float32".split()
     flags += ["--target", str(target), "--draft", str(draft), "--out"]
     single, double = tmp_path / "single", tmp_path / "double"
@@ -488,4 +523,5 @@ def test_drafts_of_other_kinds_are_loaded_by_their_own_way(tmp_path, monkeypatch
     assert run_all.evaluate_drafts(cell, target, drafts, costs, load) == rows and len(loads) == 1
     drafts["head"] = Model("H2", "h2")
     again = run_all.evaluate_drafts(cell, target, drafts, costs, load)
-    assert loads[1:] == [("network of T", {"head": "network of H2"})] and again == rows
+    assert loads[1:] == [("network of T", {"head": "network of H2"})]
+    assert labels_of(again, "folder") == [(0, "D"), (0, "H2"), (1, "D"), (1, "H2")]

@@ -70,8 +70,12 @@ def test_flags_go_before_the_recipe():
     settings, _ = parse("--batch", "4", "--lr", "0.5", "--epochs", "0,1,2", "--regime", "optimal")
     assert recipe("mbpp", "codegen", PAIRS["codegen"], settings) == (4, 0.5, (0, 1, 2))
     own = Pair("a", "b")
-    assert recipe("custom", "custom", own, Settings()) == (16, 3e-4, (3, 3, 3))
-    assert Pair("a", None).models == ["a"]
+    for regime in ("3-epoch", "optimal"):  # a served target is not fine-tuned unless that is said
+        settings = Settings(regime=regime)
+        assert recipe("custom", "custom", own, settings) == (16, 3e-4, (0, 3, 3))
+        assert recipe("gsm8k", "custom", own, settings).epochs == (0, 3, 3)
+    assert recipe("custom", "custom", own, Settings(epochs=(2, 1, 1))).epochs == (2, 1, 1)
+    assert Pair("a", None).models == Pair("a", 2).models == ["a"]
 
 
 # Methods
@@ -168,6 +172,13 @@ def test_flags_are_fields():
     assert settings.target_seed is None and settings.split == "test" and settings.eval_batch == 20
 
 
+def test_a_target_given_is_the_pair_custom():
+    settings, _ = parse("--target", "a", "--draft-layers", "2", "--preset", "tiny")
+    assert (settings.pairs, settings.draft_layers, settings.draft) == (("custom",), 2, None)
+    settings, _ = parse(*"--target a --draft b --pairs custom,tiny".split())
+    assert settings.pairs == ("custom", "tiny")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -214,8 +225,13 @@ def test_flags_are_fields():
         ("--data-dir /no/such", "argument --data-dir: no such folder: '/no/such'"),
         ("--models-dir /no/such", "argument --models-dir: no such folder"),
         ("--data-dir=", "argument --data-dir: no such folder"),
-        ("--pairs custom --target a", "--pairs custom needs --target and --draft"),
-        ("--pairs pythia --target a --draft b", "add --pairs custom"),
+        ("--pairs custom", "the pair custom needs --target, and --draft or --draft-layers"),
+        ("--draft b", "the pair custom needs --target"),
+        ("--draft-layers 2", "the pair custom needs --target"),
+        ("--target a", "--target needs a draft: either --draft or --draft-layers"),
+        ("--target a --draft b --draft-layers 2", "--target needs a draft: either"),
+        ("--target a --draft-layers 0", "argument --draft-layers: must be a whole number of at"),
+        ("--pairs pythia --target a --draft b", "add it to --pairs, or leave --pairs out"),
         ("--out=", "--out is empty"),
         ("--validation-rows -1", "--validation-rows: must be a whole number of at least 0"),
         ("--gama 3", "unrecognized arguments: --gama"),
@@ -245,7 +261,7 @@ def test_any_arguments_are_parsed_or_refused(tmp_path):
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
     names = "tasks pairs methods seeds k lr epochs gamma limit out preset regime dtype target draft"
-    names += " data-dir models-dir cache-gb divergence data shard-target"
+    names += " draft-layers data-dir models-dir cache-gb divergence data shard-target"
     flags = st.sampled_from([f"--{name}" for name in names.split()])
     words = "gsm8k tiny custom adaspec optimal 0 1 -1 0.4 nan inf 1e999 0,3,3 float32 --tasks"
     word = st.sampled_from([*words.split(), str(tmp_path)]) | st.text(max_size=6)

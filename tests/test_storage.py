@@ -191,6 +191,43 @@ def test_a_stage_json_that_is_none_of_ours(stage, content):
         assert storage.finished_stage(folder, settings) is None
 
 
+def test_a_stage_of_other_settings_goes_beside(stage, make_model, tokenizer, capsys):
+    """With its fingerprint after the name, where it is found again; so nothing is replaced."""
+    folder, settings = stage
+    others = settings | {"lr": 1e-2}
+    own = folder.with_name(f"adaspec-{storage.fingerprint(others)[:8]}")
+    capsys.readouterr()
+    assert storage.stage_folder(folder, settings) == folder and not capsys.readouterr().out
+    assert storage.stage_folder(folder, others) == own
+    told = capsys.readouterr().out
+    assert told == f"  adaspec: other settings than in {folder}; goes to {own.name}\n"
+    storage.save_stage(own, others, SUMMARY, make_model(seed=1), tokenizer)
+    assert storage.stage_folder(folder, others) == own
+    assert storage.stage_folder(folder, settings) == folder
+    assert storage.finished_stage(folder, settings) and storage.finished_stage(own, others)
+    flip(own / "stage.json")
+    assert storage.stage_folder(folder, others) == own, "damaged: trained anew in its place"
+    flip(folder / "stage.json")
+    assert storage.stage_folder(folder, settings) == folder
+    storage.save_stage(own, others, SUMMARY, make_model(seed=1), tokenizer)
+    storage.remove_folder(folder)
+    assert storage.stage_folder(folder, others) == own
+
+
+def test_an_unfinished_stage_keeps_its_place(tmp_path):
+    settings = [{"lr": rate} for rate in (0.1, 0.2)]
+    folder = tmp_path / "adaspec"
+    own = folder.with_name(f"adaspec-{storage.fingerprint(settings[1])[:8]}")
+    expected = [folder, own]
+    for i in range(2):
+        assert storage.stage_folder(folder, settings[i]) == expected[i]
+        states = storage.checkpoint_folder(expected[i])
+        Checkpoints(states, storage.fingerprint(settings[i])).save(1, {})
+    assert [storage.stage_folder(folder, each) for each in settings] == expected
+    storage.remove_folder(storage.checkpoint_folder(folder))
+    assert storage.stage_folder(folder, settings[1]) == own, "its state is there"
+
+
 def test_a_new_stage_takes_the_old_ones_place(stage, make_model, tokenizer):
     """What a kill has left of a try before goes, and so do the checkpoints."""
     folder, settings = stage

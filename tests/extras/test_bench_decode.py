@@ -9,7 +9,7 @@ import torch
 from evaluate import GAMMAS
 from extras import bench_decode, measure
 from extras.bench_decode import main
-from extras.drop_layers import drop_layers
+from models import keep_layers
 
 
 def test_cost_model_of_given_seconds():
@@ -60,7 +60,7 @@ def pair(tmp_path, make_model, tokenizer):
     """Flags with a target and a draft of its own layers."""
     target = make_model("neox", initializer_range=0.2, num_hidden_layers=5)
     target.save_pretrained(tmp_path / "target")
-    drop_layers(target, 2, 2).save_pretrained(tmp_path / "draft")
+    keep_layers(target, [0, 1, 3, 4]).save_pretrained(tmp_path / "draft")
     for name in ("target", "draft"):
         tokenizer.save_pretrained(tmp_path / name)
     return ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft")]
