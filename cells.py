@@ -33,9 +33,10 @@ from models import (
 from own_rows import turn_end
 from ranks import check_stop, from_rank_0, rank, say, world_size
 from settings import PAIRS, Method, Pair, Recipe, Settings, recipe
+from short_head import frequent_tokens, shorten_head
 from speculative import Lane
 from stages import Plan, fit, on_policy, written_by_target
-from storage import Model, fingerprint, finished_stage, write_stage
+from storage import Model, fingerprint, finished_stage, stage_folder, write_stage
 from train import DTYPES, fine_tuning_step, fraction_kept
 
 SCRATCH_VOCABULARY = 512  # of a pair that is given by sizes
@@ -238,8 +239,8 @@ def encode_rows(task: str, rows, tokenizer, settings: Settings) -> tuple[list[Ex
 
 
 def validation_examples(task: str, form: str, tokenizer, settings: Settings) -> list[Example]:
-    """The first validation rows that have a response; none, which is said, where there are none to
-    read: that only costs the watching."""
+    """The first validation rows; none, which is said, where there are none to read: that only costs
+    the watching."""
     if not settings.validation_rows:
         return []
     try:
@@ -247,8 +248,7 @@ def validation_examples(task: str, form: str, tokenizer, settings: Settings) -> 
     except ValueError as error:
         say(f"  alpha is not watched in training: {error}")
         return []
-    examples, _ = encode(form, rows, tokenizer, settings.max_length)
-    return [example for example in examples if example.bears_loss[1:].any()]
+    return encode(form, rows, tokenizer, settings.max_length)[0]
 
 
 def check_cell(cell: Cell, methods: list[Method]) -> None:
@@ -277,6 +277,8 @@ def check_cell(cell: Cell, methods: list[Method]) -> None:
             f"{cell.task}: the rows have no responses to fine-tune the target on; take it as it "
             "is: --epochs 0,3,3"
         )
+    if settings.draft_vocab:
+        check_short_head(cell, methods)
     sizes = [cell.recipe.batch_size, *(method.batch for method in methods if method.batch)]
     rows = min(*sizes, len(cell.examples))
     if rows < world_size():
@@ -295,6 +297,17 @@ def check_cell(cell: Cell, methods: list[Method]) -> None:
             f"{cell.task}: the target's cached states take {cache:.3f} GiB, and --out "
             f"{settings.out} has {free:.3f} free; make room, or lower --cache-gb"
         )
+
+
+def check_short_head(cell: Cell, methods: list[Method]) -> None:
+    """Raises ValueError where the drafts cannot have a short head."""
+    size = cell.settings.draft_vocab
+    if size > len(cell.tokenizer):
+        raise ValueError(f"--draft-vocab {size} is more than the {len(cell.tokenizer)} tokens")
+    if any("ce" in (method.divergence, method.gap) for method in methods):
+        raise ValueError("--draft-vocab: the loss ce asks for tokens that a short head lacks")
+    if not cell.pair.draft:
+        raise ValueError("--draft-vocab: an EAGLE head has its target's output head")
 
 
 # The plans of the stages
@@ -326,6 +339,20 @@ def first_layers(cell: Cell, target: Model) -> Model:
     if rank() == 0:
         draft = keep_layers(load_model(target.path, "auto"), range(cell.pair.draft))
     return write_stage(folder, settings, {}, draft, cell.tokenizer)
+
+
+def with_short_head(cell: Cell, draft: Model, examples: list[Example]) -> Model:
+    """The draft with an output head of the tokens alone that the examples use most."""
+    size = cell.settings.draft_vocab
+    token_ids = frequent_tokens(examples, size, cell.ends)
+    folder = cell.folder / f"draft-vocab-{size}"
+    settings = {"draft": draft.fingerprint, "token_ids": token_ids.tolist()}
+    folder = stage_folder(folder, settings)
+    finished = finished_stage(folder, settings)
+    if finished:
+        return finished
+    network = shorten_head(load_model(draft.path), token_ids) if rank() == 0 else None
+    return write_stage(folder, settings, {}, network, cell.tokenizer)
 
 
 def pretrained(cell: Cell, name: str, sizes: dict, seed: int) -> Model:

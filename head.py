@@ -29,16 +29,20 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
 
 class Head:
     """A causal LM's output head, cut to `vocab_size` rows = len(tokenizer): heads are padded, each
-    in its own way.
+    in its own way. Or cut to the rows `token_ids` [V'], those that a draft's short head has
+    (short_head.py); then V' stands for the vocabulary in all shapes below.
 
     Raises ValueError where the head has fewer rows; `check` does where the head is not all that
     lies between the trunk and the logits (softcapped or scaled logits, for one).
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int):
+    def __init__(self, model: nn.Module, vocab_size: int, token_ids: Tensor | None = None):
         self.linear = model.get_output_embeddings()
         self.vocab_size = vocab_size
-        if len(self.linear.weight) < vocab_size:
+        self.is_short = hasattr(self.linear, "token_ids")
+        self.token_ids = self.linear.token_ids if self.is_short else token_ids
+        self.selected = None  # the rows `token_ids` of a longer head, once they have been asked for
+        if len(self.linear.weight) < vocab_size and not self.is_short:
             raise ValueError(
                 f"{type(model).__name__}: the output head has {len(self.linear.weight)} rows, "
                 f"the tokenizer {vocab_size} tokens"
@@ -55,6 +59,8 @@ class Head:
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             logits = self(hidden_states(model, Batch(ids, index, index, [0])))
             expected = model(input_ids=ids).logits[0, :, : self.vocab_size]
+            if self.token_ids is not None:
+                expected = expected[:, self.token_ids]
         model.train(training)
         # two shapes of one product, rounded
         tolerance = 1e-3 if weight.dtype == torch.float32 else 3e-2
@@ -64,11 +70,21 @@ class Head:
                 "the loss here would miss that"
             )
 
+    @property
+    def size(self) -> int:
+        """How many tokens it gives logits for."""
+        return self.vocab_size if self.token_ids is None else len(self.token_ids)
+
     def weights(self) -> tuple[Tensor, Tensor | None]:
         weight = self.linear.weight
         bias = getattr(self.linear, "bias", None)
-        if len(weight) == self.vocab_size:  # a slice would cost its backward a copy
-            return weight, bias
+        if self.is_short or len(weight) == self.vocab_size == self.size:
+            return weight, bias  # a slice would cost its backward a copy
+        if self.token_ids is not None:
+            if self.selected is None:
+                rows = self.token_ids
+                self.selected = weight[rows], None if bias is None else bias[rows]
+            return self.selected
         return weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
 
     def __call__(self, hidden: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data import Batch, Example, make_batch
-from distillspec import DIVERGENCES
 from head import Head, hidden_states
 from ranks import rank
 from storage import disk_errors, write_file
+from teacher import token_loss
 
 LINES, ALPHAS = 200, 20  # at most about as many of a stage, in equal distances
 
@@ -36,21 +36,19 @@ class Validation:
     """
 
     def __init__(self, examples: Sequence[Example], rows_at_once: int):
-        self.examples = examples
+        self.examples = [example for example in examples if example.bears_loss[1:].any()]
         self.rows_at_once = rows_at_once
-        self.target_head: Head | None = None
         self.batches: list[Batch] = []
-        self.target_states: list[Tensor] = []  # by batch, [N, d]
+        self.losses: list[tuple[Callable, Callable]] = []  # by batch, see train.token_loss
 
     def ask(self, target) -> None:
         """Keep what the target, a teacher.Frozen with its trunk, says of the rows."""
-        self.target_head = target.head
         device = target.head.linear.weight.device
         rows = list(range(len(self.examples)))
         for start in range(0, len(rows), self.rows_at_once):
             batch = make_batch(self.examples, rows[start : start + self.rows_at_once], device)
             self.batches.append(batch)
-            self.target_states.append(target.hidden(batch))
+            self.losses.append(token_loss("tvd", target, batch))
 
     @torch.no_grad()
     def alpha(self, model: nn.Module, head: Head, dtype: torch.dtype) -> float | None:
@@ -59,16 +57,12 @@ class Validation:
         numbers."""
         losses = []
         model.eval()
-        for batch, states in zip(self.batches, self.target_states, strict=True):
-            with torch.autocast(states.device.type, dtype, enabled=dtype != torch.float32):
-                hidden = hidden_states(model, batch)
-                losses.append(head.token_losses(hidden, self.signal(states), DIVERGENCES["tvd"]))
+        for batch, loss in zip(self.batches, self.losses, strict=True):
+            device = batch.input_ids.device.type
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                losses.append(head.token_losses(hidden_states(model, batch), *loss))
         model.train()
         return 1 - torch.cat(losses).mean().item() if losses else None
-
-    def signal(self, states: Tensor) -> Callable:
-        """The target's logits by the numbers of response tokens, as Head.token_losses asks."""
-        return lambda rows: self.target_head(states[rows])
 
 
 class History:

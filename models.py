@@ -8,13 +8,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +29,7 @@ from transformers.utils import cached_file
 
 from cli import printable
 from ranks import from_rank_0, rank
+from short_head import shorten_head
 from storage import checksum, read_json, write_json
 
 MAX_LAYERS = 1000  # more would take minutes to build, even without weights
@@ -119,6 +122,10 @@ def check_model(name) -> torch.nn.Module:
             raise ValueError(f"config.json says {layers} layers, more than {MAX_LAYERS}")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if getattr(config, "draft_vocab_size", None):
+            shorten_head(
+                model, torch.empty(config.draft_vocab_size, dtype=torch.long, device="meta")
+            )
         stored = 0
         for file in weight_files(name):
             with loading("weights", Path(file).name):
@@ -155,13 +162,54 @@ def load_model(name, dtype=torch.float32, device="cpu") -> torch.nn.Module:
     """A causal language model in evaluation mode. Raises ValueError, also for missing weights."""
     check_name(name)
     with loading("a causal language model", name):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
+        short_head = short_head_tensors(name)
+        # a short head is no head that transformers knows: it makes a random one, to be replaced
+        with errors_only() if short_head else nullcontext():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=bool(short_head),
+            )
         missing = sorted(report["missing_keys"])
         if missing:
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+        if short_head:
+            shorten_head(model, short_head["token_ids"])
+            model.get_output_embeddings().load_state_dict(short_head)
         return model.to(device).eval()
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """transformers without warnings."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def short_head_tensors(name) -> dict:
+    """weight, token_ids and bias, if any, of a draft's short head (short_head.py); {} where its
+    head is whole. Raises ValueError where config.json speaks of one and there is none."""
+    with loading("a causal language model", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if not getattr(config, "draft_vocab_size", None):
+            return {}
+        tensors = {}
+        for file in weight_files(name):
+            tensors |= load_file(file)
+        heads = [key.removesuffix("token_ids") for key in tensors if key.endswith(".token_ids")]
+        if len(heads) != 1:
+            raise ValueError("config.json says draft_vocab_size, and its files have no token_ids")
+        return {
+            key.removeprefix(heads[0]): value
+            for key, value in tensors.items()
+            if key.startswith(heads[0])
+        }
 
 
 def load_tokenizer(name):

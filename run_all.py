@@ -33,6 +33,7 @@ from cells import (
     prepare_cell,
     reference_method,
     target_plan,
+    with_short_head,
 )
 from cli import Parser, add_flags, run_command
 from data import digest
@@ -55,6 +56,10 @@ def run_cell(cell, methods: Sequence[Method], evaluation: Callable | None = None
         target = fit(cell, target_plan(cell, target), fine_tuning_step)  # stage 0
     if cell.prompts_only:
         cell.examples = written_by_target(cell, target, cell.examples)
+        cell.validation = written_by_target(cell, target, cell.validation)
+    if cell.settings.draft_vocab:
+        responses = draft_plan(cell, methods[0], base_draft, target).examples
+        base_draft = with_short_head(cell, base_draft, responses)
     drafts = {"base": base_draft}
     costs = {}
     for method in methods:

@@ -199,6 +199,12 @@ class Settings:
         "pair custom: make the draft, of so many of the target's first layers",
         "grid",
     )
+    draft_vocab: int | None = flag(
+        None,
+        whole(2),
+        "give drafts a short output head, of so many tokens that responses use most",
+        "grid",
+    )
     methods: tuple = flag(
         ("distillspec", "adaspec"),
         some_of(METHODS),

@@ -15,7 +15,7 @@ import storage
 from data import Example, digest, prompts_alone, read_examples, write_examples
 from distillspec import OnPolicy, ResponseWriter
 from history import History, Validation
-from models import load_model, scratch_model
+from models import load_model, scratch_model, short_head_tensors
 from ranks import check_stop, from_rank_0, gather_objects, progress, rank, say, world_size
 from settings import Method
 from storage import Model, fingerprint
@@ -158,7 +158,11 @@ def open_target(
         losses.add(plan.method.gap)
     if losses == {"ce"}:
         return None
-    teacher = Frozen(load_model(target.path, cell.dtype, cell.device), len(cell.tokenizer))
+    token_ids = short_head_tensors(plan.init.path).get("token_ids")
+    if token_ids is not None:
+        token_ids = token_ids.to(cell.device)
+    network = load_model(target.path, cell.dtype, cell.device)
+    teacher = Frozen(network, len(cell.tokenizer), token_ids)
     if cell.settings.shard_target:
         shard_layers(teacher.model)
     if validation:
@@ -168,7 +172,22 @@ def open_target(
         cache = token_cache(cell, "target", target.fingerprint, plan.examples, width, cell.dtype)
         if cache:
             teacher.use(cache, f"{cell.task} target cache")
+    if teacher.cache and token_ids is not None:
+        keep_outside(cell, plan, target, teacher)
     return teacher
+
+
+def keep_outside(cell, plan: Plan, target: Model, teacher: Frozen) -> None:
+    """Give the target of a draft with a short head a cache of its mass on the other tokens; says
+    how much it has on the kept ones."""
+    models = target.fingerprint + plan.init.fingerprint
+    cache = token_cache(cell, "outside", models, plan.examples, 1, torch.float32)
+    teacher.use_outside(cache, cell.device, f"{cell.task} mass outside")
+    coverage = 1 - torch.cat(cache.values).exp().mean()
+    say(
+        f"  short head: {teacher.head.size} of {len(cell.tokenizer)} tokens have {coverage:.4f} of "
+        "the target's probability; no more than that can be accepted"
+    )
 
 
 def open_reference(cell, plan: Plan, teacher, target: Model, reference: Model) -> ReferenceLoss:

@@ -6,31 +6,39 @@ logits, is computed once and read ever after, and so is the reference's loss per
 Both are exact: this replaces every later forward of the target and approximates nothing.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data import Batch, Example, make_batch
+from distillspec import DIVERGENCES
 from head import Head, hidden_states
 from ranks import check_stop, from_rank_0, gather_objects, progress, rank, world_size
+from short_head import outside_log_mass, with_outside
 from storage import is_whole, write_checked
-from train import token_loss
 
 BATCHES_A_BLOCK = 8  # forwards between two writes of a cache: what a kill can cost
 
 
 class Frozen:
-    """A model that only answers: its last hidden states at response positions and its head.
+    """A model that only answers: its last hidden states at response positions and its head; for a
+    draft with a short head its rows `token_ids` [V'] alone, and the probability outside of them.
 
     Raises ValueError where its head is not all that lies between hidden states and logits.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int):
+    def __init__(self, model: nn.Module, vocab_size: int, token_ids: Tensor | None = None):
         self.model = model.eval().requires_grad_(False)
-        self.head = Head(model, vocab_size)
-        self.head.check(model)
+        self.whole_head = Head(model, vocab_size)
+        self.whole_head.check(model)
+        self.head = self.whole_head
+        if token_ids is not None:
+            self.head = Head(model, vocab_size, token_ids)
+        self.outside_cache: TokenCache | None = None
         self.cache: TokenCache | None = None
         self.last_batch: Batch | None = None
         self.last_hidden: Tensor | None = None
@@ -50,11 +58,22 @@ class Frozen:
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             return hidden_states(self.model, batch)
 
+    def outside(self, batch: Batch) -> Tensor:
+        """The log of its probability of all tokens but the head's, [N] float32."""
+        if self.outside_cache:
+            return self.outside_cache.read(batch).squeeze(1)
+        return outside_log_mass(self.whole_head, self.head.token_ids, self.hidden(batch))
+
     def use(self, cache: "TokenCache", name: str) -> None:
         """Answer from `cache` from now on, filled first where need be; the trunk is let go."""
         cache.fill(self.hidden, self.model.device, name)
         self.cache = cache
         self.model = self.last_batch = self.last_hidden = None
+
+    def use_outside(self, cache: "TokenCache", device: torch.device, name: str) -> None:
+        """Likewise for `outside`."""
+        cache.fill(self.outside, device, name)
+        self.outside_cache = cache
 
 
 class ReferenceLoss:
@@ -78,6 +97,45 @@ class ReferenceLoss:
         cache.fill(self.losses, device, name)
         self.cache = cache
         self.reference = self.target = None
+
+
+# Losses against them
+
+
+def token_loss(name: str, target, batch: Batch) -> tuple[Callable, Callable]:
+    """(signal, loss) of a loss by its name: "ce" or one of DIVERGENCES.
+
+    `signal(rows)` is what the logits of these response rows [n] are held against, the target's
+    logits [n, V] or, for "ce", the labels [n]; `loss(signal, logits)` gives one number a row.
+    """
+    if name == "ce":
+        return (lambda rows: batch.labels[rows]), token_cross_entropy
+    hidden = target.hidden(batch)
+    divergence = DIVERGENCES[name]
+    if target.head.token_ids is None or name not in WITH_OUTSIDE:
+        return (lambda rows: target.head(hidden[rows])), divergence
+    # a short head: q is 0 outside, where p is known as one number
+    outside = target.outside(batch)
+
+    def signal(rows):
+        return with_outside(target.head(hidden[rows]), outside[rows])
+
+    def loss(p_logits, q_logits):
+        return divergence(p_logits, F.pad(q_logits, (0, 1), value=-math.inf))
+
+    return signal, loss
+
+
+# Of a draft with a short head these see p as it is, the others p renormalised on the kept tokens:
+# KL(p || q) is infinite where q is 0
+WITH_OUTSIDE = ("jsd", "tvd", "lk")
+
+
+def token_cross_entropy(labels: Tensor, logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+# The cache
 
 
 class TokenCache:

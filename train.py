@@ -20,16 +20,15 @@ from signal import SIGTERM
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import ranks
 from adaspec import gather_gaps, select_tokens
 from data import Batch, Example, batches, make_batch
-from distillspec import DIVERGENCES
 from head import Head, hidden_states
 from history import History
 from ranks import rank, say, world_size
+from teacher import token_loss
 
 TRAINING_VERSION = 2  # part of every stage's fingerprint: raise it when a change alters results
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,22 +81,6 @@ def fraction_kept(method, progress: float) -> float:
     if method.k_end is None:
         return method.k
     return method.k + (method.k_end - method.k) * progress
-
-
-def token_loss(name: str, target, batch: Batch) -> tuple[Callable, Callable]:
-    """(signal, loss) of a loss by its name: "ce" or one of DIVERGENCES.
-
-    `signal(rows)` is what the logits of these response rows [n] are held against, the target's
-    logits [n, V] or, for "ce", the labels [n]; `loss(signal, logits)` gives one number a row.
-    """
-    if name == "ce":
-        return (lambda rows: batch.labels[rows]), token_cross_entropy
-    hidden = target.hidden(batch)
-    return (lambda rows: target.head(hidden[rows])), DIVERGENCES[name]
-
-
-def token_cross_entropy(labels: Tensor, logits: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 # Batches and the model

@@ -13,6 +13,7 @@ import cells
 import stages
 from cells import base_models, check_cell, draft_plan, prepare_cell, reference_method, target_plan
 from data import all_tokens, digest, load_rows
+from history import Validation
 from models import model_identity
 from settings import METHODS, Method, Pair, Recipe, Settings
 from storage import Model
@@ -110,7 +111,8 @@ def test_validation_rows_without_a_response_are_not_watched(toy_settings, tmp_pa
         (tmp_path / "custom" / f"{split}.jsonl").write_text(text)
     settings = replace(toy_settings, data_dir=str(tmp_path), split="validation")
     cell = prepare_cell("toy", "custom", 0, settings, CPU, PAIRS)
-    assert len(cell.test) == 3 and cell.validation == []
+    assert len(cell.test) == len(cell.validation) == 3
+    assert Validation(cell.validation, 2).examples == []
 
 
 def test_a_task_without_validation_rows_goes_without_alpha(toy_settings, tmp_path, capsys):

@@ -1,0 +1,224 @@
+"""Short heads of drafts: losses against dense ones, exact decoding, files."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import data
+import models
+import train
+from distillspec import DIVERGENCES
+from head import Head
+from history import Validation
+from settings import Method
+from short_head import frequent_tokens, outside_log_mass, shorten_head, with_outside
+from speculative import autoregressive_generate, expected_acceptance, speculative_generate
+from teacher import Frozen, ReferenceLoss, TokenCache
+from tests.sampling import (
+    build,
+    chi_square,
+    enumerate_texts,
+    five_token_models,
+    noised,
+    sample_counts,
+)
+from train import Student, adaspec_step, token_loss
+
+CPU = torch.device("cpu")
+KEPT = torch.tensor([0, 3, 4, 17, 80, 81, 200, 399])
+
+
+def short(model, token_ids=KEPT):
+    return shorten_head(copy.deepcopy(model), token_ids)
+
+
+def test_logits_are_the_kept_rows_and_minus_infinity(make_model):
+    for architecture in ("neox", "llama", "phi", "codegen"):
+        model = make_model(architecture, vocab_size=400)
+        draft = short(model)
+        ids = torch.arange(6)[None]
+        logits, whole = draft(ids).logits, model(ids).logits
+        torch.testing.assert_close(logits[..., KEPT], whole[..., KEPT])
+        others = [token for token in range(400) if token not in KEPT]
+        assert (logits[..., others] == -math.inf).all()
+        assert draft.config.draft_vocab_size == len(KEPT) and not hasattr(
+            model.config, "draft_vocab_size"
+        )
+
+
+# Losses
+
+
+def test_the_mass_outside_gives_p_itself(make_model, examples):
+    target = make_model(seed=1)
+    batch = data.make_batch(examples, [0, 1, 2], CPU)
+    teacher = Frozen(target, 400, KEPT)
+    hidden = teacher.hidden(batch)
+    p = Head(target, 400)(hidden).softmax(-1)
+    log_mass = outside_log_mass(teacher.whole_head, KEPT, hidden)
+    torch.testing.assert_close(log_mass.exp(), 1 - p[:, KEPT].sum(-1))
+    extended = with_outside(teacher.head(hidden), log_mass).softmax(-1)
+    torch.testing.assert_close(extended[:, :-1], p[:, KEPT])
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["computed", "cached"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_losses_are_the_dense_ones(make_model, examples, tmp_path, name, cached):
+    """Value and gradient, in chunks, against the formula on whole logits: jsd, tvd and lk with
+    q = 0 outside, the KLs with p renormalised on the kept tokens."""
+    target, draft = make_model(seed=1), short(make_model(seed=2))
+    batch = data.make_batch(examples, list(range(12)), CPU)
+    teacher = Frozen(target, 400, KEPT)
+    if cached:
+        files = {"fingerprint": "a", "examples": examples, "rows_at_once": 4}
+        states = TokenCache(tmp_path / "h", width=32, dtype=torch.float32, **files)
+        teacher.use(states, "target")
+        mass = TokenCache(tmp_path / "o", width=1, dtype=torch.float32, **files)
+        teacher.use_outside(mass, CPU, "mass")
+    student = Student(draft, 400)
+    hidden = student.hidden(batch)
+    loss = student.head.loss(hidden, *token_loss(name, teacher, batch))
+    loss.backward()
+
+    whole = copy.deepcopy(draft)
+    whole.zero_grad()
+    p_logits = target(batch.input_ids).logits[..., :400].flatten(0, 1)[batch.index].detach()
+    q_logits = whole(batch.input_ids).logits[..., :400].flatten(0, 1)[batch.index]
+    if name not in ("jsd", "tvd", "lk"):
+        p_logits, q_logits = p_logits[:, KEPT], q_logits[:, KEPT]
+    dense = DIVERGENCES[name](p_logits, q_logits).sum()
+    dense.backward()
+    assert loss.item() == pytest.approx(dense.item(), rel=1e-4)
+    if name == "tvd":
+        p, q = p_logits.softmax(-1), q_logits.softmax(-1)
+        assert loss.item() == pytest.approx((1 - torch.minimum(p, q).sum(-1)).sum().item())
+    for mine, other in zip(draft.parameters(), whole.parameters(), strict=True):
+        assert mine.grad.isfinite().all()
+        torch.testing.assert_close(mine.grad, other.grad, rtol=2e-3, atol=1e-5)
+
+
+def test_the_gap_is_on_the_kept_tokens(make_model, examples):
+    """AdaSPEC with a reference whose head is as short: the loss of the selected tokens."""
+    target = Frozen(make_model(seed=1), 400, KEPT)
+    reference_model, draft = short(make_model(seed=2)), short(make_model(seed=3))
+    reference = ReferenceLoss(Frozen(reference_model, 400), target, "fkl")
+    batch = data.make_batch(examples, [0, 1], CPU)
+    student = Student(draft, 400)
+    loss, count = adaspec_step(student, batch, target, reference, Method("adaspec", k=0.3))
+    logits = [
+        model(batch.input_ids).logits.flatten(0, 1)[batch.index][:, KEPT]
+        for model in (target.model, draft, reference_model)
+    ]
+    draft_kl, reference_kl = (DIVERGENCES["fkl"](logits[0], q) for q in logits[1:])
+    gap = draft_kl - reference_kl
+    top = gap.topk(count).indices
+    assert count == pytest.approx(0.3 * len(gap), abs=1)
+    assert loss.item() == pytest.approx(draft_kl[top].sum().item(), rel=1e-4)
+
+
+def test_it_learns(make_model, examples):
+    target, draft = Frozen(make_model(seed=1), 400, KEPT), short(make_model(seed=2))
+    settings = {"vocab_size": 400, "lr": 1e-2, "epochs": 3, "batch_size": 8}
+    inputs = (target, Method("best", divergence="tvd"))
+    before = draft.get_output_embeddings().weight.clone()
+    summary = train.train(draft, examples[:24], train.distillation_step, inputs, **settings)
+    assert summary["steps"] == 9 and (draft.get_output_embeddings().weight != before).any()
+
+
+def test_alpha_is_watched_with_all_of_p(make_model, examples):
+    target, draft = make_model(seed=1), short(make_model(seed=2))
+    watched = Validation(examples[:5], 2)
+    watched.ask(Frozen(target, 400, KEPT))
+    alpha = watched.alpha(draft, Student(draft, 400).head, torch.float32)
+    ids, labels = data.collate(examples[:5])
+    exact = expected_acceptance(target, draft, ids, labels, vocab_size=400)
+    assert alpha == pytest.approx(exact.overlap.mean().item(), rel=1e-5)
+
+
+# Decoding
+
+SMALL = torch.tensor([0, 2, 3])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_distribution_is_the_targets(temperature):
+    """All 125 continuations of three tokens; false alarms: 1e-4."""
+    target, draft, _ = five_token_models()
+    prompt = torch.tensor([[1, 2]])
+    exact = enumerate_texts(target, prompt, 3, 5, temperature=temperature)
+    settings = {"gamma": 2, "temperature": temperature}
+    counts, stats = sample_counts(target, short(draft, SMALL), prompt, 3, 5, 4000, **settings)
+    statistic, critical = chi_square(counts, exact * 4000)
+    assert statistic < critical and 0.2 < stats.alpha < 0.95
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_greedy_is_the_targets_in_a_batch(top_k):
+    target = build("llama", 40)
+    draft = short(noised(target, 0.1), torch.arange(0, 40, 2))
+    ids = torch.randint(0, 40, (3, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    settings = {"max_new_tokens": 24, "top_k": top_k}
+    out = speculative_generate(target, draft, ids, mask, **settings)
+    assert torch.equal(out.sequences, autoregressive_generate(target, ids, mask, **settings))
+    assert out.stats.accepted > 0
+    sampled = speculative_generate(target, draft, ids, mask, temperature=1.0, **settings)
+    assert sampled.stats.accepted > 0  # check() has added the counts up
+
+
+def test_expected_acceptance_is_bounded_by_the_coverage():
+    target = build("llama", 40)
+    kept = torch.arange(0, 40, 2)
+    ids = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(0))
+    exact = expected_acceptance(target, short(target, kept), ids, ids)
+    p = target(ids).logits[:, :-1].softmax(-1).flatten(0, 1)
+    coverage = p[:, kept].sum(-1)
+    torch.testing.assert_close(exact.overlap, coverage)  # p renormalised covers all of it
+    outside = ~torch.isin(ids[:, 1:].flatten(), kept)
+    assert outside.any() and (exact.ratio[outside] == 0).all()
+
+
+# Files
+
+
+@pytest.mark.parametrize("architecture", ["neox", "llama", "phi", "codegen"])
+def test_a_folder_holds_it(make_model, tokenizer, tmp_path, architecture):
+    draft = short(make_model(architecture))
+    draft.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    copy = models.load_model(tmp_path)
+    for name, value in draft.state_dict().items():
+        assert torch.equal(copy.state_dict()[name], value)
+    assert torch.equal(models.short_head_tensors(tmp_path)["token_ids"], KEPT)
+    ids = torch.arange(6)[None]
+    assert torch.equal(copy(ids).logits, draft(ids).logits)
+    checked = models.check_model(tmp_path)
+    assert len(checked.get_output_embeddings().weight) == len(KEPT)
+    assert models.load_model(tmp_path, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError):  # others do not take it for a model with a whole head
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    make_model(architecture).save_pretrained(tmp_path / "whole")
+    assert models.short_head_tensors(tmp_path / "whole") == {}
+
+
+def test_what_config_says_and_the_files_lack_is_said(make_model, tmp_path):
+    model = make_model("llama")
+    model.config.draft_vocab_size = 8
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot load a causal language model .*token_ids"):
+        models.load_model(tmp_path)
+
+
+def test_frequent_tokens():
+    rows = []
+    for ids, prompt_length in (([9, 9, 9, 5, 5, 7], 1), ([9, 3, 7, 7], 2)):
+        rows.append(data.Example(torch.tensor(ids).int().numpy(), prompt_length))
+    # without the prompts 7 is there three times, 5 and 9 twice; 2 is the end token
+    assert frequent_tokens(rows, 2, [2]).tolist() == [2, 7]
+    assert frequent_tokens(rows, 3, [2]).tolist() == [2, 5, 7]
+    assert frequent_tokens(rows, 4, [2]).tolist() == [2, 5, 7, 9]
+    assert frequent_tokens(rows, 6, [2]).tolist() == [0, 1, 2, 5, 7, 9], "filled up by number"
