@@ -59,6 +59,7 @@ class Cell:
     ends: list[int]  # the tokens that end a response
     examples: list[Example]  # training rows
     test: list[Example]  # held-out rows
+    sample: str | list[dict]  # the shortest held-out prompt, a text or a chat
     validation: list[Example]  # a few others, to watch drafts learn
     dropped: tuple[int, int]  # rows of both without a response within max_length
     model_names: list[str]  # target, draft; a pair with another kind of draft has the target alone
@@ -160,6 +161,7 @@ def prepare_cell(
         ends=response_ends(form, test_rows, tokenizer),
         examples=examples,
         test=test,
+        sample=min((TASKS[form].prompt(row) for row in test_rows), key=lambda p: len(str(p))),
         validation=validation_examples(task, form, tokenizer, settings),
         dropped=(dropped, test_dropped),
         model_names=names[: len(models)],

@@ -13,6 +13,7 @@ import interrupt  # noqa: F401 -- first: it makes Ctrl-C during the other import
 
 # isort: split
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -36,6 +37,7 @@ from cells import (
     with_short_head,
 )
 from cli import Parser, add_flags, run_command
+from costs import predicted_speedups, recommend
 from data import digest
 from evaluate import evaluate
 from models import ignored_settings, load_model
@@ -167,9 +169,16 @@ def main(argv=None) -> None:
     add_flags(parser, Method)
     settings, methods = parse_settings(parser, argv)
     rows = []
+    commands = {}  # to try a pair of one's own
     for cell in checked_cells(settings, methods):
-        rows += run_cell(cell, methods)
+        cell_rows = run_cell(cell, methods)
+        rows += cell_rows
+        if cell.name.startswith("custom"):
+            commands[cell.task] = sample_command(cell, cell_rows)
     print_tables(rows, settings.out)
+    if commands:
+        say("To serve the pair: docs/serving.md. To try it:\n")
+        say("\n\n".join(commands.values()))
     leave()
 
 
@@ -214,8 +223,21 @@ def say_ignored_settings(cell: Cell) -> None:
 def print_tables(rows: list[dict], out: str) -> None:
     say(f"\n{terminal_text(rows)}\n")
     say(f"Results: {out}/results.json and results.md; models: {out}/<pair>/<task>/seed<n>/")
-    if any(row["pair"].startswith("custom") for row in rows):
-        say("To serve the pair: docs/serving.md")
+
+
+def sample_command(cell, rows: list[dict]) -> str:
+    """The command that decodes a held-out prompt with the draft of the largest speed-up that the
+    cost model predicts."""
+    trained = [row for row in rows if row["draft"] != "base"]
+    best = max(trained, key=lambda row: max(predicted_speedups(row).values(), default=0.0))
+    draft = cell.folder / best["folder"]
+    gamma = recommend(predicted_speedups(best) or {cell.settings.gamma: 0.0})
+    prompt, chat = cell.sample, []
+    if isinstance(prompt, list):
+        prompt, chat = prompt[-1]["content"], ["--chat"]
+    arguments = ["--target", cell.model_names[0], "--draft", str(draft), *chat]
+    arguments += ["--gamma", str(gamma), "--temperature", f"{best['temperature']:g}"]
+    return f"python speculative.py {shlex.join([*arguments, '--prompt', prompt])}"
 
 
 def quiet_libraries() -> None:

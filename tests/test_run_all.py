@@ -3,6 +3,8 @@ pretrained pairs from folders, who writes the responses."""
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import data
 import run_all
+import speculative
 import tables
 from arithmetic import arithmetic_rows
 from cells import prepare_cell
@@ -412,7 +415,7 @@ def test_an_own_pair_is_what_its_models_hold(tmp_path, tokenizer, make_model, ca
         flags += ["--out", out, "--tasks", "custom"]
         run_all.main([*FEW, *map(str, flags), "--methods", "distillspec", "--max-steps", "1"])
         printed = capsys.readouterr().out
-        assert printed.endswith("To serve the pair: docs/serving.md\n")
+        assert "To serve the pair: docs/serving.md. To try it:" in printed
         assert printed.count("the target's repetition_penalty 1.3\n") == 1, "said once"
         return printed.count(": done before"), printed.count(": 1 steps")
 
@@ -457,6 +460,69 @@ def test_a_target_alone_and_a_number_of_layers_are_a_pair(tmp_path, tokenizer, m
     run_all.main([*flags, "--max-steps", "1"])
     printed = capsys.readouterr().out
     assert printed.count(": done before") == 2 and "last loss" not in printed
+
+
+def test_chats_without_responses_end_in_a_draft_that_can_be_tried(
+    tmp_path, tokenizer, make_model, capsys
+):
+    """The path of docs/own-draft: the target writes, once; a draft of one layer with a short head
+    learns; the last line is a command that decodes with it."""
+    (target,) = save_models(tmp_path, make_model, tokenizer, ("llama",), ("T",), paddings=(16,))
+    saved = AutoTokenizer.from_pretrained(target)
+    saved.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    saved.save_pretrained(target)
+    prompts = [f"What is {n} + 1 of 'them'?" for n in range(30)]
+    rows = [json.dumps({"messages": [{"role": "user", "content": text}]}) for text in prompts]
+    (tmp_path / "rows" / "custom").mkdir(parents=True)
+    (tmp_path / "rows" / "custom" / "train.jsonl").write_text("\n".join(rows))
+    flags = ["--target", str(target), "--draft-layers", "1", "--draft-vocab", "40"]
+    flags += ["--data-dir", str(tmp_path / "rows"), "--tasks", "custom", "--batch", "8"]
+    flags += ["--write-temperature", "0,1", "--out", str(tmp_path / "out"), "--max-steps", "2"]
+    flags += "--eval-prompts 2 --timed-prompts 1 --max-new-tokens 6 --dtype float32".split()
+    run_all.main([*flags, "--methods", "distillspec,adaspec"])
+    printed = capsys.readouterr().out
+    assert "the target writes 24 responses" in printed
+    assert re.search(r"short head: 40 of 400 tokens have 0\.\d+ of the target's prob", printed)
+    assert re.search(r"adaspec: 2 steps.* alpha 0\.\d+ on 3 validation rows", printed)
+    written = [
+        p for p in tmp_path.glob("out/written/*.tokens") if len(data.read_examples(p)[0]) > 3
+    ]
+    assert len(written) == 1, "once for both methods"
+    line = printed.rstrip().split("\n")[-1]
+    program, script, *arguments = shlex.split(line)
+    assert (program, script) == ("python", "speculative.py") and "--chat" in arguments
+    assert arguments[-1] in prompts
+    speculative.main([*arguments, "--max-new-tokens", "5"])
+    assert "alpha" in capsys.readouterr().out
+    run_all.main([*flags, "--methods", "distillspec,adaspec"])
+    assert "writes" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--epochs", "1,1,1"], "have no responses to fine-tune the target on"),
+    (["--draft-vocab", "1000"], "--draft-vocab 1000 is more than the 400 tokens"),
+    (["--chat", "--tasks", "gsm8k"], "gsm8k, row 1: a chat, but the tokenizer has no chat temp"),
+    (["--max-length", "4"], r"custom: all 24 rows are dropped: .* \(raise --max-length\)"),
+])  # fmt: skip
+def test_what_cannot_be_of_an_own_pair_is_said_first(
+    tmp_path, tokenizer, make_model, flags, message
+):
+    (target,) = save_models(tmp_path, make_model, tokenizer, ("llama",), ("T",), paddings=(16,))
+    write_rows(tmp_path / "rows", "gsm8k")
+    (tmp_path / "rows" / "custom").mkdir()
+    text = "".join(json.dumps({"prompt": f"What is {n} + 1?"}) + "\n" for n in range(30))
+    (tmp_path / "rows" / "custom" / "train.jsonl").write_text(text)
+    common = ["--target", str(target), "--draft-layers", "1", "--data-dir", str(tmp_path / "rows")]
+    common += ["--tasks", "custom", "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=message):
+        run_all.main([*common, *flags])
+    assert (
+        not list(tmp_path.rglob("*.safetensors.partial"))
+        and not (tmp_path / "out" / "written").exists()
+    )
 
 
 # Ranks
