@@ -45,7 +45,7 @@ from ranks import from_rank_0, leave, rank, say, setup, world_size
 from settings import Method, Settings, parse_settings
 from stages import fit, training_cost, written_by_target
 from storage import Model
-from tables import in_order, markdown_text, terminal_text
+from tables import in_order, markdown_text, terminal_text, told_apart
 from train import adaspec_step, distillation_step, fine_tuning_step
 
 
@@ -102,7 +102,8 @@ def evaluate_drafts(
     if missing:
         measured = measure_drafts(cell, target, missing, load)
         for label, draft in missing.items():
-            more = costs.get(label, {}) | {"folder": Path(draft.path).name}
+            folders = {"folder": Path(draft.path).name, "target": Path(target.path).name}
+            more = costs.get(label, {}) | folders
             rows[label] = [protocol | row | more for row in measured if row["draft"] == label]
             if rank() == 0:
                 record = {"subject": subject, "rows": rows[label]}
@@ -154,7 +155,7 @@ def write_results(out: str, started: float) -> None:
         "rows": [row for record in records for row in record["rows"]],
     }
     storage.write_json(Path(out, "results.json"), results)
-    page = markdown_text(in_order(results["rows"]), results["machine"])
+    page = markdown_text(in_order(told_apart(results["rows"])), results["machine"])
     storage.write_file(Path(out, "results.md"), lambda file: file.write(page.encode()))
 
 
@@ -215,7 +216,7 @@ def checked_cells(
 def say_ignored_settings(cell: Cell) -> None:
     """What a pretrained pair would generate with elsewhere, and does not here."""
     if not isinstance(cell.pair.target, dict):
-        ignored = ignored_settings(*cell.model_names)
+        ignored = ignored_settings(*cell.model_names[: len(cell.pair.models)])
         if ignored:
             say(ignored)
 

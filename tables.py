@@ -111,6 +111,23 @@ def comparable(rows: list[dict]) -> list[list[dict]]:
     return list(groups.values())
 
 
+def told_apart(rows: list[dict]) -> list[dict]:
+    """The rows; drafts of one cell and label that were trained by other settings, or for another
+    target, are named by their folders as well."""
+    variants = defaultdict(set)  # (cell, label) -> folders of target and draft
+    for row in rows:
+        label = tuple(row[key] for key in ("pair", "task", "seed", "draft"))
+        variants[label].add((row.get("folder"), row.get("target")))
+    named = []
+    for row in rows:
+        label = tuple(row[key] for key in ("pair", "task", "seed", "draft"))
+        if len(variants[label]) > 1:
+            folders = f"{row.get('folder')} of {row.get('target')}"
+            row = row | {"draft": f"{row['draft']} ({folders})"}
+        named.append(row)
+    return named
+
+
 def in_order(rows: list[dict]) -> list[dict]:
     """Cell by cell, by temperature, the drafts as `table_order` has them."""
     keys = ("pair", "task", "seed", "temperature")

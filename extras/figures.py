@@ -14,7 +14,7 @@ from typing import NamedTuple
 from costs import predicted_speedups
 from speculative import Stats
 from storage import HISTORY
-from tables import T_QUANTILE, mean_interval
+from tables import T_QUANTILE, mean_interval, told_apart
 
 # Okabe and Ito's palette: told apart by the colour-blind too
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #B8A000".split()
@@ -29,10 +29,10 @@ def figures(rows: list[dict], folder, pictures=()) -> list[Path]:
     """Draw what the rows of a results.json can give, for each pair, and the pictures, into PNG
     files of a folder; returns the files.
 
-    Raises ValueError where matplotlib is not installed, or two drafts of a cell have one label.
+    Raises ValueError where matplotlib is not installed.
     """
     new_figure()
-    check_labels(rows)
+    rows = told_apart(rows)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -46,19 +46,6 @@ def figures(rows: list[dict], folder, pictures=()) -> list[Path]:
         files.append(folder / "{pair}-{task}-seed{seed}-picture.png".format(**record))
         draw_picture(record, files[-1])
     return files
-
-
-def check_labels(rows: list[dict]) -> None:
-    """Drafts trained by other settings in one --out have one label and folders of their own; a
-    figure would take them for one. Raises ValueError."""
-    folders = {}
-    for row in rows:
-        draft = (row["pair"], row["task"], row["seed"], row["draft"])
-        folder = folders.setdefault(draft, row.get("folder"))
-        if row.get("folder") != folder:
-            cell = f"{row['pair']}, {row['task']}, seed {row['seed']}"
-            both = f"{folder} and {row['folder']} of {cell} are both called {row['draft']}"
-            raise ValueError(f"{both}; draw runs that have an --out each")
 
 
 def new_figure(**settings):

@@ -23,7 +23,7 @@ from extras.ablations import COMPARISONS
 from extras.figures import MOST_SEEDS, distinct, figures, histories
 from extras.measure import portable
 from settings import METHODS
-from tables import grid, in_order, interval, table_order, terminal_text
+from tables import grid, in_order, interval, table_order, terminal_text, told_apart
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path("docs", "results.md")
@@ -445,7 +445,7 @@ def show(path: Path) -> str:
         raise ValueError(f"{path} has no rows yet: no cell of the run is finished")
     # a study has the versions once, for all of its rows
     rows = [{"torch": run.get("torch"), **row} for row in run["rows"]]
-    return terminal_text(in_order(rows), run.get("machine", "its machine"))
+    return terminal_text(in_order(told_apart(rows)), run.get("machine", "its machine"))
 
 
 def as_module(command: str) -> str:

@@ -177,7 +177,9 @@ def test_a_changed_setting_trains_what_depends_on_it_beside(run_copy, short_flag
         (t, folder) for t in (0, 1) for folder in (beside["adaspec"], "base-draft")
     ]
     printed_rows = sorted(more, key=lambda row: (row["temperature"], row["draft"] != "base"))
-    assert tables.table(printed_rows) in printed, "and no others"
+    assert f"\n{tables.terminal_text(printed_rows)}\n" in printed, "and no others"
+    page = (run_copy / "results.md").read_text()
+    assert "AdaSPEC (adaspec of target)" in page and f"AdaSPEC ({beside['adaspec']} of " in page
 
     printed, more = run("--batch", "12")
     assert f"  {beside['adaspec']}: done before\n" in printed and "other settings" not in printed

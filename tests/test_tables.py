@@ -210,6 +210,18 @@ def test_a_gain_is_over_distillspec_of_the_same_cell():
     assert [line[5] for line in lines] == ["", "+0.200 (+0.200 to +0.200)", ""]
 
 
+def test_drafts_of_one_label_are_told_apart():
+    """Those of other settings have other folders; seeds, and rows of studies, are as they were."""
+    names = {"folder": "adaspec", "target": "T"}
+    usual = [ROW | names | {"seed": seed, "temperature": t} for seed in (0, 1) for t in (0.0, 1.0)]
+    assert tables.told_apart(usual) == usual and tables.told_apart([ROW, ROW]) == [ROW, ROW]
+    beside = [ROW | names | {"folder": "adaspec-0a"}, base_row(**names), base_row(target="T2")]
+    assert [row["draft"] for row in tables.told_apart([*usual, *beside])] == [
+        "AdaSPEC (adaspec of T)", "AdaSPEC (adaspec of T)", "AdaSPEC", "AdaSPEC",
+        "AdaSPEC (adaspec-0a of T)", "base (adaspec of T)", "base (None of T2)",
+    ]  # fmt: skip
+
+
 def test_students_t():
     """Of 1, 2, 3, 4: mean 2.5, deviation 1.291, half width 3.182 x 1.291 / 2."""
     assert tables.mean_interval([1, 2, 3, 4]) == pytest.approx((2.5, 0.446, 4.554), abs=1e-3)

@@ -113,12 +113,3 @@ def test_steps_and_values_of_a_history():
     lines = [{"step": 0, "alpha": 0.3}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     assert figures.series(lines, "loss") == ([1, 2], [2.0, 1.0])
     assert figures.series(lines, "alpha") == ([0], [0.3])
-
-
-def test_two_drafts_of_one_label_are_not_drawn_as_one():
-    rows = make_rows(["base"], folder="base-draft") + make_rows(["AdaSPEC"], folder="adaspec")
-    figures.check_labels(rows)
-    figures.check_labels(make_rows(["AdaSPEC"]) * 2)  # recorded before rows had a folder
-    words = "adaspec and adaspec-0123abcd of tiny, gsm8k, seed 0 are both called AdaSPEC"
-    with pytest.raises(ValueError, match=words):
-        figures.check_labels([*rows, *make_rows(["AdaSPEC"], folder="adaspec-0123abcd")])
