@@ -232,12 +232,18 @@ def encode_rows(task: str, rows, tokenizer, settings: Settings) -> tuple[list[Ex
     examples, dropped = encode_once(folder, task, rows, tokenizer, settings.max_length)
     if rank() == 0:
         from_rank_0()
+    if not examples and not any(has_text(task, row) for row in rows):
+        raise ValueError(f"{task}: the prompt or the response of every row is empty")
     if not examples:
         raise ValueError(
-            f"{task}: all {dropped} rows are dropped: their prompts are empty, or take the "
-            f"{settings.max_length} tokens of a row (raise --max-length), or they have no response"
+            f"{task}: no rows are left within {settings.max_length} tokens; raise --max-length"
         )
     return examples, dropped
+
+
+def has_text(task: str, row) -> bool:
+    prompt, response = TASKS[task].prompt(row), TASKS[task].response(row)
+    return bool(prompt) and (response is None or bool(response.strip()))
 
 
 def validation_examples(task: str, form: str, tokenizer, settings: Settings) -> list[Example]:
@@ -404,7 +410,7 @@ def draft_plan(
     name = stage_name(method, method.epochs or draft_epochs)
     examples = examples or cell.examples
     if method.data == "target":
-        examples = written_by_target(cell, target, examples)
+        examples = written_by_target(cell, target, start, examples)
     epochs, batch_size, max_steps = matching(
         cell, method, method.epochs or draft_epochs, len(examples)
     )

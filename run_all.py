@@ -57,8 +57,8 @@ def run_cell(cell, methods: Sequence[Method], evaluation: Callable | None = None
     if cell.recipe.epochs[0]:
         target = fit(cell, target_plan(cell, target), fine_tuning_step)  # stage 0
     if cell.prompts_only:
-        cell.examples = written_by_target(cell, target, cell.examples)
-        cell.validation = written_by_target(cell, target, cell.validation)
+        cell.examples = written_by_target(cell, target, base_draft, cell.examples)
+        cell.validation = written_by_target(cell, target, base_draft, cell.validation)
     if cell.settings.draft_vocab:
         responses = draft_plan(cell, methods[0], base_draft, target).examples
         base_draft = with_short_head(cell, base_draft, responses)

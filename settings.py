@@ -236,8 +236,16 @@ class Settings:
     write_temperature: tuple[float, ...] = flag(
         (1.0,),
         decimals(0, math.inf),
-        "of responses that the target writes; several are taken in turn, by batches",
+        "of responses that the target writes; rows take several in turn",
         "rows",
+    )
+    write_with_draft: bool = flag(
+        False,
+        None,
+        "the target writes by speculative decoding with the draft at hand: it pays where that is "
+        "good and batches are small",
+        "rows",
+        action="store_true",
     )
     limit: int | None = flag(None, whole(), "train on the first rows only", "rows")
     max_length: int = flag(512, whole(2), "tokens of a training row", "rows")

@@ -246,43 +246,61 @@ def on_policy(cell, method: Method, examples: Sequence[Example]) -> OnPolicy | N
     )
 
 
-def written_by_target(cell, target: Model, examples: Sequence[Example]) -> list[Example]:
+def written_by_target(
+    cell, target: Model, draft: Model, examples: Sequence[Example]
+) -> list[Example]:
     """The examples with responses that the target writes, in blocks that are kept as they are
-    written, each rank its share: a stopped run goes on with the next block. The blocks take the
-    temperatures of `write_temperature` in turn. Pairs share them, and where the target is taken as
-    it is, so do seeds."""
+    written, each rank its share: a stopped run goes on with the next block. Pairs share them, and
+    where the target is taken as it is, so do seeds."""
     writer = response_writer(cell)
-    writer_seed = cell.seed if cell.recipe.epochs[0] else 0
+    seed = cell.seed if cell.recipe.epochs[0] else 0
     temperatures = cell.settings.write_temperature
-    prompts = digest(prompts_alone(examples))
-    settings = {"target": target.fingerprint, "prompts": prompts, "seed": writer_seed}
-    settings |= {"dtype": cell.settings.dtype, "writer": vars(writer)}
+    settings = {"target": target.fingerprint, "prompts": digest(prompts_alone(examples))}
+    settings |= {"seed": seed, "dtype": cell.settings.dtype, "writer": vars(writer)}
     settings |= {"temperatures": temperatures}
+    if cell.settings.write_with_draft:
+        settings["draft"] = draft.fingerprint
     prefix = Path(cell.settings.out, "written", fingerprint(settings))
-    order = sorted(range(len(examples)), key=lambda row: examples[row].prompt_length)
-    size = writer.batch_size
-    blocks = [order[start : start + size] for start in range(0, len(order), size)]
+    blocks = response_blocks(examples, temperatures, writer.batch_size)
     paths = [prefix.with_name(f"{prefix.name}-{n:05d}.tokens") for n in range(len(blocks))]
     own = range(rank(), len(blocks), world_size())
     missing = [number for number in own if not storage.is_whole(paths[number])]
     if missing:
-        count = sum(len(blocks[number]) for number in missing)
-        say(f"  the target writes {count} responses, kept in batches of {size}")
+        count = sum(len(blocks[number][1]) for number in missing)
+        say(f"  the target writes {count} responses, kept in batches of {writer.batch_size}")
         model = load_model(target.path, cell.dtype, cell.device)
+        helper = None
+        if cell.settings.write_with_draft:
+            helper = load_model(draft.path, cell.dtype, cell.device)
         bar = progress(count, f"{cell.task} responses of the target", "response")
         for number in missing:
-            rows = [examples[row] for row in blocks[number]]
-            seed = writer_seed * 1_000_003 + number
-            temperature = temperatures[number % len(temperatures)]
-            write_examples(paths[number], writer.write(model, rows, seed, temperature))
+            temperature, rows = blocks[number]
+            prompts = [examples[row] for row in rows]
+            block_seed = seed * 1_000_003 + number
+            written = writer.write(model, prompts, block_seed, temperature, helper)
+            write_examples(paths[number], written)
             bar.update(len(rows))
             check_stop()
         bar.close()
     gather_objects(None)  # wait for all
-    written = {}
-    for rows, path in zip(blocks, paths, strict=True):
-        written |= zip(rows, read_examples(path)[0], strict=True)
-    return [written[row] for row in range(len(examples))]
+    by_row = {}
+    for (_, rows), path in zip(blocks, paths, strict=True):
+        by_row |= zip(rows, read_examples(path)[0], strict=True)
+    return [by_row[row] for row in range(len(examples))]
+
+
+def response_blocks(
+    examples: Sequence[Example], temperatures: Sequence[float], size: int
+) -> list[tuple[float, list[int]]]:
+    """(temperature, rows) of every batch that is written: rows take the temperatures in turn, and
+    a batch holds prompts of similar lengths."""
+    blocks = []
+    for i, temperature in enumerate(temperatures):
+        rows = range(i, len(examples), len(temperatures))
+        order = sorted(rows, key=lambda row: examples[row].prompt_length)
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        blocks += [(temperature, part) for part in parts]
+    return blocks
 
 
 # What training costs

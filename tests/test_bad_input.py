@@ -183,7 +183,7 @@ DATA = {
     "list": "train.jsonl, line 1: question must be text, got ['Why?']",
     "surrogate": "train.jsonl, line 2: question holds half of a surrogate pair",
     "few": "too few to hold a tenth of them out",
-    "no-text": "no rows are left within 128 tokens; raise --max-length",
+    "no-text": "gsm8k: the prompt or the response of every row is empty",
 }
 MODELS = {
     "missing": "model missing is not in",
@@ -268,9 +268,9 @@ SPECULATIVE = [
     ("--dtype half", "unknown name 'half'"),
     ("--prompt=", "empty prompt"),
     ("--prompts {w}/rows", "Is a directory"),
-    ("--prompts {w}/rows/prompts.jsonl", "line 2: not a JSON object with a text"),
-    ("--prompts {w}/rows/prompts-latin.jsonl", "line 1: not a JSON object with a text"),
-    ("--prompts {w}/rows/not-json/gsm8k/train.jsonl", "line 1: not a JSON object"),
+    ("--prompts {w}/rows/prompts.jsonl", "line 2: prompt must be text, got 5"),
+    ("--prompts {w}/rows/prompts-latin.jsonl", "line 1: not JSON"),
+    ("--prompts {w}/rows/not-json/gsm8k/train.jsonl", "line 1: no column 'prompt' or 'messages'"),
     ("--target {w}/models/a-file", "is a file; give the folder"),
     ("--draft ../../etc/x", "no such folder"),
     ("--draft {w}/models/sliding", "every layer must have full attention"),

@@ -286,9 +286,9 @@ def test_what_the_target_has_written_is_kept_and_gone_on_with(make_cell, monkeyp
     """A signal ends the writing after the block at hand; damage costs a block; and the end is as
     if nothing had been."""
     cell = make_cell()
-    target = base_models(cell)[0]
+    target, draft = base_models(cell)
     whole = stages.written_by_target(
-        make_cell(out=str(tmp_path / "undisturbed")), target, cell.examples
+        make_cell(out=str(tmp_path / "undisturbed")), target, draft, cell.examples
     )
     blocks = []
     write = stages.ResponseWriter.write
@@ -301,18 +301,54 @@ def test_what_the_target_has_written_is_kept_and_gone_on_with(make_cell, monkeyp
 
     monkeypatch.setattr(stages.ResponseWriter, "write", stopping_write)
     with pytest.raises(ranks.Stopped, match="SIGTERM"):
-        stages.written_by_target(cell, target, cell.examples)
+        stages.written_by_target(cell, target, draft, cell.examples)
     ranks.stop_signal = None
     files = sorted(path.name for path in Path(cell.settings.out).glob("written/*.tokens"))
     assert blocks == [8, 8] and [name[-12:] for name in files] == ["00000.tokens", "00001.tokens"]
     truncate(Path(cell.settings.out, "written", files[0]))
     for _ in range(2):
-        written = stages.written_by_target(cell, target, cell.examples)
+        written = stages.written_by_target(cell, target, draft, cell.examples)
         assert blocks == [8, 8, 8, 8] and digest(written) == digest(whole)
     for given, example in zip(cell.examples, written, strict=True):
         length = given.prompt_length
         assert example.prompt_length == length
         assert (example.input_ids[:length] == given.input_ids[:length]).all()
         assert length < len(example.input_ids) <= length + 6
-    other = stages.written_by_target(make_cell(max_new_tokens=5), target, cell.examples)
+    other = stages.written_by_target(make_cell(max_new_tokens=5), target, draft, cell.examples)
     assert len(blocks) == 7 and digest(other) != digest(whole)
+
+
+def test_rows_take_the_temperatures_in_turn(make_cell):
+    """Half of the rows are written greedily, and come out alike whatever the seed."""
+    cell = make_cell(write_temperature=(0.0, 1.0))
+    blocks = stages.response_blocks(cell.examples, (0.0, 1.0), 8)
+    rows = {0.0: [], 1.0: []}
+    for temperature, block in blocks:
+        rows[temperature] += block
+        lengths = [cell.examples[row].prompt_length for row in block]
+        assert len(block) <= 8 and lengths == sorted(lengths)
+    assert sorted(rows[0.0]) == list(range(0, 24, 2)) and len(rows[1.0]) == 12
+    mixed, greedy = (
+        stages.written_by_target(cell, *base_models(cell), cell.examples)
+        for cell in (cell, make_cell(write_temperature=(0.0,)))
+    )
+    same = [digest([a]) == digest([b]) for a, b in zip(mixed, greedy, strict=True)]
+    assert all(same[::2]) and not any(same[1::2])
+
+
+def test_the_target_may_write_with_the_drafts_help(make_cell, monkeypatch):
+    """Greedily the draft changes nothing; its help is another set of responses."""
+    models = []
+    write = stages.ResponseWriter.write
+
+    def noting_write(writer, model, examples, seed, temperature, draft):
+        models.append(draft)
+        return write(writer, model, examples, seed, temperature, draft)
+
+    monkeypatch.setattr(stages.ResponseWriter, "write", noting_write)
+    responses = []
+    for helped in (False, True):
+        cell = make_cell(write_temperature=(0.0,), write_with_draft=helped)
+        responses.append(stages.written_by_target(cell, *base_models(cell), cell.examples))
+    assert digest(responses[0]) == digest(responses[1])
+    assert [draft is None for draft in models] == [True] * 3 + [False] * 3
