@@ -50,6 +50,16 @@ def token_kl(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def selected_count(tokens: int, k: float) -> int:
+    """How many of `tokens` gaps `select_tokens` keeps where no two are equal: known before there
+    is any gap. Raises ValueError unless 0 < k <= 1."""
+    if not 0 < k <= 1:
+        raise ValueError(f"k is the fraction of tokens to keep and must be in (0, 1], got {k}")
+    # The quantile lies at (1 - k)(tokens - 1) in sorted order, counted from 0; 1e-6 absorbs the
+    # rounding of 1 - k.
+    return tokens - max(math.ceil((1 - k) * (tokens - 1) - 1e-6), 0)
+
+
 def select_tokens(gap: Tensor, k: float) -> Tensor:
     """The filter of stage 2: True where gap >= quantile(gap, 1 - k), that is on the top fraction k.
 
@@ -57,15 +67,12 @@ def select_tokens(gap: Tensor, k: float) -> Tensor:
     the loss and is noticed there instead of being filtered away. Raises ValueError unless
     0 < k <= 1.
     """
-    if not 0 < k <= 1:
-        raise ValueError(f"k is the fraction of tokens to keep and must be in (0, 1], got {k}")
+    count = selected_count(gap.numel(), k)
     if gap.numel() == 0:
         return torch.ones_like(gap, dtype=torch.bool)
     # The quantile interpolates between two neighbours in sorted order; what is >= it is what is >=
-    # the upper one. That one needs no torch.quantile, which is limited to 2**24 values; 1e-6
-    # absorbs the rounding of 1 - k.
-    rank = math.ceil((1 - k) * (gap.numel() - 1) - 1e-6)
-    threshold = gap.kthvalue(max(rank, 0) + 1).values
+    # the upper one. That one needs no torch.quantile, which is limited to 2**24 values.
+    threshold = gap.kthvalue(gap.numel() - count + 1).values
     return ~(gap < threshold)
 
 
@@ -112,21 +119,35 @@ def response_tokens(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.flatten(0, 1).index_select(0, index)  # boolean indexing has a serial backward
 
 
+def reduced(total: Tensor, tokens: int, reduction: str) -> Tensor | tuple[Tensor, int]:
+    """A summed loss over `tokens` tokens as its "mean", or as the pair (sum, tokens) for "sum"."""
+    if reduction == "mean":
+        return total / max(tokens, 1)
+    if reduction == "sum":
+        return total, tokens
+    raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+
+
 def adaspec_loss(
     draft_logits: Tensor,
     target_logits: Tensor,
     reference_logits: Tensor,
     labels: Tensor,
     k: float = 0.4,
-) -> Tensor:
+    *,
+    reduction: str = "mean",
+    over_ranks: bool = False,
+) -> Tensor | tuple[Tensor, int]:
     """Mean KL(p || q_draft) over the selected response tokens (stage 2 of the paper), a float32
-    scalar.
+    scalar; with reduction "sum" (summed KL, number of tokens in it).
 
-    Logits [B, T, V] as the models return them, labels [B, T] with -100 on prompt and padding.
-    The quantile is taken over the response tokens given: under data or micro-batch splits that is
-    the local part, unless gaps are gathered first (`gather_gaps`, as `train.adaspec_step` does).
+    Logits [B, T, V] as the models return them, labels [B, T] with -100 on prompt and padding. With
+    padding on the left all three models need attention_mask and position_ids, or they read it as
+    text. The quantile is taken over the response tokens given, with `over_ranks` over those of all
+    ranks (the loss is this rank's). The gradient of several micro-batches or ranks is that of their
+    sums, divided once by the tokens in all of them, not that of their means: docs/trainer.md.
     Gradient flows through draft_logits only. No response token at all: loss 0.
-    Raises ValueError for mismatched shapes or k outside (0, 1].
+    Raises ValueError for mismatched shapes, k outside (0, 1] or an unknown reduction.
     """
     draft = response_tokens(draft_logits, labels)
     with torch.no_grad():
@@ -134,6 +155,8 @@ def adaspec_loss(
         reference_kl = token_kl(target, response_tokens(reference_logits, labels))
     draft_kl = token_kl(target, draft)
     gap = draft_kl.detach() - reference_kl
-    selected = select_tokens(gap, k)
+    all_gaps, own = gather_gaps(gap) if over_ranks else (gap, slice(None))
+    selected = select_tokens(all_gaps, k)[own]
     draft_kl = torch.where(gap.isnan(), gap, draft_kl)  # a NaN gap must not pass for a selection
-    return torch.where(selected, draft_kl, 0.0).sum() / selected.sum().clamp_min(1)
+    total = torch.where(selected, draft_kl, 0.0).sum()
+    return reduced(total, int(selected.sum()), reduction)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaspec import log_probs, response_tokens, token_kl
+from adaspec import log_probs, reduced, response_tokens, token_kl
 from speculative import left_pad, speculative_generate, until_end
 
 
@@ -84,19 +84,26 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def distill_loss(
-    draft_logits: Tensor, target_logits: Tensor, labels: Tensor, divergence: str = "fkl"
-) -> Tensor:
-    """Mean divergence over all response tokens, a float32 scalar; no response token at all gives 0.
+    draft_logits: Tensor,
+    target_logits: Tensor,
+    labels: Tensor,
+    divergence: str = "fkl",
+    *,
+    reduction: str = "mean",
+) -> Tensor | tuple[Tensor, int]:
+    """Mean divergence over all response tokens, a float32 scalar; with reduction "sum" (summed
+    divergence, number of tokens in it). No response token at all gives 0.
 
     Logits [B, T, V] as the models return them, labels [B, T] with -100 on prompt and padding
-    (shifted by one inside). Raises ValueError for an unknown divergence or mismatched shapes.
+    (shifted by one inside; left padding as for `adaspec_loss`). Raises ValueError for an unknown
+    divergence or reduction and for mismatched shapes.
     """
     if divergence not in DIVERGENCES:
         names = ", ".join(DIVERGENCES)
         raise ValueError(f"unknown divergence {divergence!r}, expected one of {names}")
     target = response_tokens(target_logits, labels).detach()
     loss = DIVERGENCES[divergence](target, response_tokens(draft_logits, labels))
-    return loss.sum() / max(loss.numel(), 1)
+    return reduced(loss.sum(), loss.numel(), reduction)
 
 
 # Who writes the responses

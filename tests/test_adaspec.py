@@ -17,6 +17,7 @@ from adaspec import (
     response_positions,
     response_tokens,
     select_tokens,
+    selected_count,
     token_kl,
 )
 from distillspec import distill_loss
@@ -140,8 +141,18 @@ def test_selection_edges():
             adaspec_loss(*batch(), k=k)
 
 
+@pytest.mark.parametrize("k", [1e-9, 0.1, 1 / 3, 0.4, 0.9, 1.0])
+def test_the_count_is_known_before_the_gaps(k):
+    assert selected_count(0, k) == 0
+    for tokens in range(1, 60):
+        gap = torch.randperm(tokens).float()
+        assert selected_count(tokens, k) == select_tokens(gap, k).sum()
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\], got 0"):
+        selected_count(5, 0)
+
+
 def test_gaps_of_one_process_are_its_own():
-    """(Those of several: test_two_ranks_end_in_the_same_models.)"""
+    """(Those of several: test_two_ranks, test_a_step_of_two_ranks_is_that_of_our_loop.)"""
     gap = torch.tensor([3.0, 1.0, 2.0])
     all_gaps, own = gather_gaps(gap)
     assert torch.equal(all_gaps, gap) and own == slice(0, 3)
@@ -179,6 +190,25 @@ def test_k_one_is_plain_distillation():
     loss, grad = with_grad(lambda d: adaspec_loss(d, target, reference, labels, k=1.0), draft)
     plain, plain_grad = with_grad(lambda d: distill_loss(d, target, labels, "fkl"), draft)
     assert loss == plain > 0 and torch.equal(grad, plain_grad)
+
+
+@pytest.mark.parametrize("k", [0.25, 1.0])
+def test_sum_and_count_make_the_mean(k):
+    inputs = batch()
+    total, tokens = adaspec_loss(*inputs, k=k, reduction="sum")
+    assert tokens == len(loss64(*inputs, k)[1]) > 1
+    assert total / tokens == adaspec_loss(*inputs, k=k)
+    assert adaspec_loss(*inputs, k=k, reduction="sum", over_ranks=True) == (total, tokens)
+    draft, target, _, labels = inputs
+    total, tokens = distill_loss(draft, target, labels, "tvd", reduction="sum")
+    assert tokens == (labels[:, 1:] != -100).sum()
+    assert total / tokens == distill_loss(draft, target, labels, "tvd")
+    no_labels = torch.full_like(labels, -100)
+    assert adaspec_loss(*inputs[:3], no_labels, reduction="sum") == (0, 0)
+    with pytest.raises(ValueError, match="'mean' or 'sum', got 'none'"):
+        adaspec_loss(*inputs, reduction="none")
+    with pytest.raises(ValueError, match="'mean' or 'sum', got 'none'"):
+        distill_loss(draft, target, labels, reduction="none")
 
 
 @pytest.mark.parametrize("k", [1e-9, 0.4, 1.0])

@@ -1,0 +1,61 @@
+"""docs/trainer.md: its Trainer's step is that of our own loop."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from adaspec import adaspec_loss
+from data import collate, write_examples
+from tests.extras.trainer_ranks import ROWS, VOCABULARY, as_row, check_equal, make_trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def examples(examples):
+    """One batch, of rows whose responses differ in length."""
+    return examples[:ROWS]
+
+
+@pytest.mark.parametrize(("architecture", "accumulation"), [("neox", 4), ("llama", 1)])
+def test_a_step_is_that_of_our_loop(make_model, examples, tmp_path, architecture, accumulation):
+    target = make_model(architecture, seed=1, hidden_size=48, vocab_size=448)
+    models = [make_model(architecture, seed=3), target, make_model(architecture, seed=2)]
+    check_equal(models, examples, accumulation, str(tmp_path))
+    check_equal(models[:2], examples, accumulation, str(tmp_path))  # the reference's training
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_left_padding_leaves_the_loss(make_model, examples, tmp_path, positions):
+    """In evaluation, too: a mean over the selected tokens."""
+    if positions == "rotary":
+        models = [make_model(seed=seed) for seed in range(3)]
+    else:
+        config = GPT2Config(vocab_size=400, n_layer=2, n_head=2, n_embd=32, n_positions=128)
+        models = [AutoModelForCausalLM.from_config(config).eval() for _ in range(3)]
+    input_ids, labels = collate(examples)
+    logits = [model(input_ids).logits[..., :VOCABULARY] for model in models]
+    expected = adaspec_loss(*logits, labels).item()
+    trainer = make_trainer(models, [as_row(row) for row in examples], ROWS, str(tmp_path))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_step_of_two_ranks_is_that_of_our_loop(make_model, examples, tmp_path):
+    write_examples(tmp_path / "examples", examples)
+    for seed, name in enumerate(("target", "reference", "draft")):
+        make_model(seed=seed).save_pretrained(tmp_path / name)
+    launcher = "torch.distributed.run --standalone --nproc_per_node 2".split()
+    worker = str(ROOT / "tests" / "extras" / "trainer_ranks.py")
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, worker, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
