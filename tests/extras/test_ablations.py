@@ -110,7 +110,7 @@ def test_labels_are_those_of_recorded_results():
 
 def test_every_comparison_has_a_stage_of_its_own_for_each_draft(toy_pair, tmp_path, monkeypatch):
     """All of them pass the checks before training, and no two drafts share a folder."""
-    monkeypatch.setattr("cells.written_by_target", lambda cell, target, examples: examples)
+    monkeypatch.setattr("cells.written_by_target", lambda cell, target, draft, examples: examples)
     settings, _ = parse_arguments(["k", *SHORT, "--out", str(tmp_path)])
     settings = replace(settings, dtype="float32")
     cell = prepare_cell("tiny", "arithmetic", 0, settings, CPU)
