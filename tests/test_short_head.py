@@ -353,7 +353,7 @@ def test_a_run(tmp_path, short_flags, capsys):
     assert {row["draft_vocab"] for row in trained} == {40}
     assert len({row["coverage"] for row in trained}) == 1 and 0 < trained[0]["coverage"] < 1
     run_all.main(flags)
-    assert capsys.readouterr().out.count(": done before") == 6
+    assert capsys.readouterr().out.count(": done before") == 7
 
 
 @pytest.fixture
