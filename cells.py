@@ -285,8 +285,7 @@ def check_cell(cell: Cell, methods: list[Method]) -> None:
             f"{cell.task}: the rows have no responses to fine-tune the target on; take it as it "
             "is: --epochs 0,3,3"
         )
-    if settings.draft_vocab:
-        check_short_head(cell, methods)
+    check_short_heads(cell, methods)
     sizes = [cell.recipe.batch_size, *(method.batch for method in methods if method.batch)]
     rows = min(*sizes, len(cell.examples))
     if rows < world_size():
@@ -307,15 +306,29 @@ def check_cell(cell: Cell, methods: list[Method]) -> None:
         )
 
 
-def check_short_head(cell: Cell, methods: list[Method]) -> None:
-    """Raises ValueError where the drafts cannot have a short head."""
+def check_short_heads(cell: Cell, methods: list[Method]) -> None:
+    """Raises ValueError where there is a short head (short_head.py) and cannot be one."""
     size = cell.settings.draft_vocab
-    if size > len(cell.tokenizer):
-        raise ValueError(f"--draft-vocab {size} is more than the {len(cell.tokenizer)} tokens")
-    if any("ce" in (method.divergence, method.gap) for method in methods):
-        raise ValueError("--draft-vocab: the loss ce asks for tokens that a short head lacks")
-    if not cell.pair.draft:
+    is_short = [hasattr(model.get_output_embeddings(), "token_ids") for model in cell.models]
+    if is_short[0]:
+        raise ValueError(
+            f"{printable(cell.model_names[0])} has a short output head (draft_vocab_size): "
+            "a draft's, not a target's"
+        )
+    if size and not cell.pair.draft:
         raise ValueError("--draft-vocab: an EAGLE head has its target's output head")
+    if size and is_short[1]:
+        name = printable(cell.model_names[1])
+        raise ValueError(f"--draft-vocab: {name} has a short head already; leave the flag out")
+    if size and size > len(cell.tokenizer):
+        raise ValueError(f"--draft-vocab {size} is more than the {len(cell.tokenizer)} tokens")
+    losses = {loss for method in methods for loss in (method.divergence, method.gap)}
+    losses |= {method.reference for method in methods}
+    if (size or any(is_short)) and "ce" in losses:
+        raise ValueError(
+            "the loss ce asks for tokens that a short output head lacks; take another, or the "
+            "whole head"
+        )
 
 
 # The plans of the stages
@@ -349,9 +362,13 @@ def first_layers(cell: Cell, target: Model) -> Model:
     return write_stage(folder, settings, {}, draft, cell.tokenizer)
 
 
-def with_short_head(cell: Cell, draft: Model, examples: list[Example]) -> Model:
-    """The draft with an output head of the tokens alone that the examples use most."""
+def with_short_head(cell: Cell, draft: Model, target: Model, methods: list[Method]) -> Model:
+    """The draft with an output head of the tokens alone that the responses use most: the data
+    set's, or those of the target where a method trains on these."""
     size = cell.settings.draft_vocab
+    examples = cell.examples
+    if any(method.data == "target" for method in methods):
+        examples = written_by_target(cell, target, draft, examples)
     token_ids = frequent_tokens(examples, size, cell.ends)
     folder = cell.folder / f"draft-vocab-{size}"
     settings = {"draft": draft.fingerprint, "token_ids": token_ids.tolist()}

@@ -17,6 +17,7 @@ import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -122,15 +123,16 @@ def check_model(name) -> torch.nn.Module:
             raise ValueError(f"config.json says {layers} layers, more than {MAX_LAYERS}")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        if getattr(config, "draft_vocab_size", None):
-            shorten_head(
-                model, torch.empty(config.draft_vocab_size, dtype=torch.long, device="meta")
-            )
-        stored = 0
+        size = getattr(config, "draft_vocab_size", None)
+        if size:
+            shorten_head(model, torch.empty(size, dtype=torch.long, device="meta"))
+        tensors = {}
         for file in weight_files(name):
             with loading("weights", Path(file).name):
-                tensors = load_state_dict(file, map_location="meta").values()
-            stored += sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+                tensors |= load_state_dict(file, map_location="meta")
+        if size:
+            short_head_name(tensors, config)
+        stored = sum(t.numel() for t in tensors.values() if t.is_floating_point())
         wanted = sum(parameter.numel() for parameter in model.parameters())
         if stored < wanted:
             raise ValueError(f"its files hold {stored:,} weights, config.json asks for {wanted:,}")
@@ -176,6 +178,12 @@ def load_model(name, dtype=torch.float32, device="cpu") -> torch.nn.Module:
         if missing:
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
         if short_head:
+            head = model.get_output_embeddings()
+            names = {name for name, module in model.named_modules() if module is head}
+            keys = sorted(key for key, *_ in report["mismatched_keys"])
+            misfits = [key for key in keys if key.rpartition(".")[0] not in names]
+            if misfits:
+                raise ValueError(f"{len(misfits)} weights do not fit, the first is {misfits[0]}")
             shorten_head(model, short_head["token_ids"])
             model.get_output_embeddings().load_state_dict(short_head)
         return model.to(device).eval()
@@ -192,9 +200,10 @@ def errors_only() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-def short_head_tensors(name) -> dict:
+def short_head_tensors(name) -> dict[str, Tensor]:
     """weight, token_ids and bias, if any, of a draft's short head (short_head.py); {} where its
-    head is whole. Raises ValueError where config.json speaks of one and there is none."""
+    head is whole. Raises ValueError where config.json speaks of one and the files have none, or one
+    of another size."""
     with loading("a causal language model", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if not getattr(config, "draft_vocab_size", None):
@@ -202,14 +211,28 @@ def short_head_tensors(name) -> dict:
         tensors = {}
         for file in weight_files(name):
             tensors |= load_file(file)
-        heads = [key.removesuffix("token_ids") for key in tensors if key.endswith(".token_ids")]
-        if len(heads) != 1:
-            raise ValueError("config.json says draft_vocab_size, and its files have no token_ids")
-        return {
-            key.removeprefix(heads[0]): value
-            for key, value in tensors.items()
-            if key.startswith(heads[0])
-        }
+        prefix = short_head_name(tensors, config) + "."
+        last = config.vocab_size - 1
+        ids = tensors[f"{prefix}token_ids"]
+        if not (ids[0] >= 0 and ids[-1] <= last and (ids.diff() > 0).all()):
+            raise ValueError(f"its token_ids must be ascending numbers from 0 to {last}")
+        names = [key for key in tensors if key.startswith(prefix)]
+        return {key.removeprefix(prefix): tensors[key] for key in names}
+
+
+def short_head_name(tensors: dict[str, Tensor], config) -> str:
+    """What the short head is called among a model's stored tensors. Raises ValueError where there
+    is none of the size that config.json says."""
+    size = config.draft_vocab_size
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        weight = tensors.get(f"{name}.weight")
+        if kind == "token_ids" and weight is not None and len(weight) == len(tensor) == size:
+            return name
+    raise ValueError(
+        f"config.json says draft_vocab_size {size}, and its files hold no output head of {size} "
+        "rows with token_ids"
+    )
 
 
 def load_tokenizer(name):

@@ -60,8 +60,7 @@ def run_cell(cell, methods: Sequence[Method], evaluation: Callable | None = None
         cell.examples = written_by_target(cell, target, base_draft, cell.examples)
         cell.validation = written_by_target(cell, target, base_draft, cell.validation)
     if cell.settings.draft_vocab:
-        responses = draft_plan(cell, methods[0], base_draft, target).examples
-        base_draft = with_short_head(cell, base_draft, responses)
+        base_draft = with_short_head(cell, base_draft, target, methods)
     drafts = {"base": base_draft}
     costs = {}
     for method in methods:

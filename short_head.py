@@ -31,7 +31,7 @@ class ShortHead(nn.Module):
         """Logits [..., vocab_size] of hidden states [..., d]: -inf for all other tokens."""
         short = F.linear(hidden, self.weight, self.bias)
         logits = short.new_full((*short.shape[:-1], self.vocab_size), -math.inf)
-        return logits.index_copy_(-1, self.token_ids, short)
+        return logits.scatter_(-1, self.token_ids.expand_as(short), short)
 
 
 def shorten_head(model: nn.Module, token_ids: Tensor) -> nn.Module:
@@ -48,36 +48,40 @@ def shorten_head(model: nn.Module, token_ids: Tensor) -> nn.Module:
 
 
 def frequent_tokens(examples: Sequence[Example], count: int, ends: Sequence[int]) -> Tensor:
-    """The `count` tokens that bear loss most often in the examples, ascending [count]. Equally
-    frequent ones by their number, which for BPE is the order of merging; `ends` are always in."""
+    """The `count` tokens that bear loss most often in the examples, ascending [count]; `ends` are
+    always among them. Of equally frequent ones, and of those that never occur, the ones with lower
+    numbers, which for BPE are the ones merged earlier."""
     loss_tokens = [torch.from_numpy(e.input_ids[e.bears_loss]).long() for e in examples]
-    ids, counts = torch.cat(loss_tokens).unique(return_counts=True)
-    frequency = torch.zeros(max(int(ids.max()), *ends, count) + 1, dtype=torch.long)
-    frequency[ids] = counts
+    frequency = torch.cat(loss_tokens).bincount(minlength=max(count, *ends) + 1)
     frequency[list(ends)] = frequency.sum() + 1
     ranked = frequency.argsort(descending=True, stable=True)
     return ranked[:count].sort().values
 
 
-# What the target says of the tokens outside
+# What the target says of the other tokens, one number for all of them
 
 
 @torch.no_grad()
-def outside_log_mass(head: Head, token_ids: Tensor, hidden: Tensor) -> Tensor:
-    """The log of the target's probability of all tokens but `token_ids`, for hidden states [N, d]
-    -> [N] float32."""
-    parts = []
+def outside_log_odds(head: Head, token_ids: Tensor, hidden: Tensor) -> Tensor:
+    """log (the target's probability of all other tokens / that of `token_ids`) for hidden states
+    [N, d] -> [N] float32. (Log odds are exact where either probability is tiny.)"""
+    parts = [hidden.new_zeros(0, dtype=torch.float32)]
     for states in hidden.split(CHUNK):
         logits = head(states).float()
-        total = logits.logsumexp(-1)
-        parts.append(logits.index_fill(-1, token_ids, -math.inf).logsumexp(-1) - total)
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+        inside = logits.index_select(-1, token_ids).logsumexp(-1)
+        outside = logits.index_fill_(-1, token_ids, -math.inf).logsumexp(-1)
+        parts.append(outside - inside)
+    return torch.cat(parts)
 
 
-def with_outside(logits: Tensor, log_mass: Tensor) -> Tensor:
-    """The target's logits on the kept tokens [n, V'] with one more for all others together, from
-    the log of their probability [n]: [n, V' + 1], whose softmax is p itself."""
-    log_mass = log_mass.clamp(max=-1e-6)  # some mass is kept, to a millionth
-    odds = log_mass - torch.log(-torch.expm1(log_mass))
-    outside = logits.float().logsumexp(-1) + odds
-    return torch.cat([logits.float(), outside[:, None]], 1)
+def with_outside(logits: Tensor, log_odds: Tensor) -> Tensor:
+    """The target's logits of the kept tokens [n, V'] and one more for all others together, from
+    `outside_log_odds` [n]: [n, V' + 1], whose softmax is p itself."""
+    logits = logits.float()
+    outside = logits.logsumexp(-1) + log_odds
+    return torch.cat([logits, outside[:, None]], 1)
+
+
+def coverage(log_odds: Tensor) -> float:
+    """The target's mean probability of the kept tokens, from `outside_log_odds` [N]."""
+    return (-log_odds).sigmoid().mean().item()

@@ -69,6 +69,8 @@ def fit(
     options = training_options(cell, plan, folder, settings, validation)
     summary = train(model, plan.examples, step, step_inputs, **options)
     summary["target_forwards"] = target_forwards(cell, plan, teacher, reference_loss, summary)
+    if teacher and teacher.head.token_ids is not None:
+        summary |= {"draft_vocab": teacher.head.size, "coverage": teacher.coverage}
     history = options["history"]
     return storage.save_stage(folder, settings, summary, model, cell.tokenizer, history)
 
@@ -158,10 +160,8 @@ def open_target(
         losses.add(plan.method.gap)
     if losses == {"ce"}:
         return None
-    token_ids = short_head_tensors(plan.init.path).get("token_ids")
-    if token_ids is not None:
-        token_ids = token_ids.to(cell.device)
     network = load_model(target.path, cell.dtype, cell.device)
+    token_ids = short_head_tensors(plan.init.path).get("token_ids")
     teacher = Frozen(network, len(cell.tokenizer), token_ids)
     if cell.settings.shard_target:
         shard_layers(teacher.model)
@@ -172,21 +172,22 @@ def open_target(
         cache = token_cache(cell, "target", target.fingerprint, plan.examples, width, cell.dtype)
         if cache:
             teacher.use(cache, f"{cell.task} target cache")
-    if teacher.cache and token_ids is not None:
-        keep_outside(cell, plan, target, teacher)
+        if cache and token_ids is not None:
+            keep_outside(cell, plan, target, teacher)
     return teacher
 
 
 def keep_outside(cell, plan: Plan, target: Model, teacher: Frozen) -> None:
-    """Give the target of a draft with a short head a cache of its mass on the other tokens; says
-    how much it has on the kept ones."""
+    """Give the target of a draft with a short head a cache of its odds of the other tokens; says
+    what probability is left for the draft's."""
     models = target.fingerprint + plan.init.fingerprint
-    cache = token_cache(cell, "outside", models, plan.examples, 1, torch.float32)
-    teacher.use_outside(cache, cell.device, f"{cell.task} mass outside")
-    coverage = 1 - torch.cat(cache.values).exp().mean()
+    cache = token_cache(cell, "odds", models, plan.examples, 1, torch.float32)
+    if not cache:
+        return
+    teacher.use_outside(cache, cell.device, f"{cell.task} short head")
     say(
-        f"  short head: {teacher.head.size} of {len(cell.tokenizer)} tokens have {coverage:.4f} of "
-        "the target's probability; no more than that can be accepted"
+        f"  short head: {teacher.head.size} of {len(cell.tokenizer)} tokens, with "
+        f"{teacher.coverage:.4f} of the target's probability, the most that alpha can be at T = 1"
     )
 
 
@@ -326,7 +327,8 @@ def target_forwards(
 def training_cost(cell, stages: Sequence[Model]) -> dict:
     """What a draft's training took, its reference's included: passes over the data, optimiser
     steps, tokens that bore loss, seconds (without those of caches and of responses that the target
-    writes), and rows that the target was run on; and the draft's learning rate."""
+    writes), and rows that the target was run on; and the draft's learning rate, and of a short
+    head the number of its tokens and their coverage."""
     records = [storage.read_json(Path(stage.path, "stage.json")) for stage in stages]
     summaries = [record["summary"] for record in records]
     keys = ("rows", "steps", "loss_tokens", "seconds")
@@ -337,4 +339,5 @@ def training_cost(cell, stages: Sequence[Model]) -> dict:
     cost["epochs"] = cost["rows"] / len(cell.examples)
     cost["target_forwards"] = sum(forwards.values())
     cost["lr"] = records[-1]["settings"]["lr"]
-    return cost
+    short_head = {"draft_vocab", "coverage"} & summaries[-1].keys()
+    return cost | {key: summaries[-1][key] for key in sorted(short_head)}

@@ -18,7 +18,7 @@ from data import Batch, Example, make_batch
 from distillspec import DIVERGENCES
 from head import Head, hidden_states
 from ranks import check_stop, from_rank_0, gather_objects, progress, rank, world_size
-from short_head import outside_log_mass, with_outside
+from short_head import coverage, outside_log_odds, with_outside
 from storage import is_whole, write_checked
 
 BATCHES_A_BLOCK = 8  # forwards between two writes of a cache: what a kill can cost
@@ -26,7 +26,7 @@ BATCHES_A_BLOCK = 8  # forwards between two writes of a cache: what a kill can c
 
 class Frozen:
     """A model that only answers: its last hidden states at response positions and its head; for a
-    draft with a short head its rows `token_ids` [V'] alone, and the probability outside of them.
+    draft with a short head the rows `token_ids` [V'] alone, and the probability outside of them.
 
     Raises ValueError where its head is not all that lies between hidden states and logits.
     """
@@ -37,8 +37,9 @@ class Frozen:
         self.whole_head.check(model)
         self.head = self.whole_head
         if token_ids is not None:
-            self.head = Head(model, vocab_size, token_ids)
+            self.head = Head(model, vocab_size, token_ids.to(model.device))
         self.outside_cache: TokenCache | None = None
+        self.coverage: float | None = None  # its mean probability of `token_ids`, once it is known
         self.cache: TokenCache | None = None
         self.last_batch: Batch | None = None
         self.last_hidden: Tensor | None = None
@@ -59,10 +60,10 @@ class Frozen:
             return hidden_states(self.model, batch)
 
     def outside(self, batch: Batch) -> Tensor:
-        """The log of its probability of all tokens but the head's, [N] float32."""
+        """The log odds of all tokens but `token_ids`, [N] float32."""
         if self.outside_cache:
             return self.outside_cache.read(batch).squeeze(1)
-        return outside_log_mass(self.whole_head, self.head.token_ids, self.hidden(batch))
+        return outside_log_odds(self.whole_head, self.head.token_ids, self.hidden(batch))
 
     def use(self, cache: "TokenCache", name: str) -> None:
         """Answer from `cache` from now on, filled first where need be; the trunk is let go."""
@@ -71,9 +72,10 @@ class Frozen:
         self.model = self.last_batch = self.last_hidden = None
 
     def use_outside(self, cache: "TokenCache", device: torch.device, name: str) -> None:
-        """Likewise for `outside`."""
+        """Likewise for `outside`; then its coverage of the rows is known."""
         cache.fill(self.outside, device, name)
         self.outside_cache = cache
+        self.coverage = coverage(torch.cat(cache.values))
 
 
 class ReferenceLoss:
@@ -126,8 +128,8 @@ def token_loss(name: str, target, batch: Batch) -> tuple[Callable, Callable]:
     return signal, loss
 
 
-# Of a draft with a short head these see p as it is, the others p renormalised on the kept tokens:
-# KL(p || q) is infinite where q is 0
+# Of a draft with a short head these see p as it is. The others see p renormalised on the kept
+# tokens: KL(p || q) would be infinite, and to KL(q || p) it is a constant a token
 WITH_OUTSIDE = ("jsd", "tvd", "lk")
 
 

@@ -129,9 +129,21 @@ def cut_vocabulary(folder: str, out: str) -> str:
     return out
 
 
+def check_heads(folders: list[str]) -> list:
+    """The models' configs. Raises ValueError for a draft with a short head."""
+    configs = [models.check_model(folder).config for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        if getattr(config, "draft_vocab_size", None):
+            raise ValueError(
+                f"{folder} has a short output head (--draft-vocab), which only our own sampler "
+                "serves; engines need a draft with the whole head"
+            )
+    return configs
+
+
 def print_commands(args) -> None:
     folders = [args.target, args.draft]
-    configs = [models.check_model(folder).config for folder in folders]
+    configs = check_heads(folders)
     if configs[0].vocab_size != configs[1].vocab_size:
         outs = [str(Path(args.out, role)) for role in ("target", "draft")]
         folders = [*map(cut_vocabulary, folders, outs)]
@@ -152,6 +164,7 @@ class Comparison:
         self.limit = args.max_new_tokens
         self.gamma = args.gamma
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_heads([args.target, *args.draft])
         pairs = [models.load_pair(args.target, path, torch.float32, device) for path in args.draft]
         self.target, _, tokenizer = pairs[0]
         drafts = [draft for _, draft, _ in pairs]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 from costs import predicted_speedup
 from extras import engines
+from short_head import shorten_head
 from speculative import autoregressive_generate, speculative_generate
 
 ROOT = Path(engines.__file__).parents[1]
@@ -272,6 +273,13 @@ def test_commands_say_what_vllm_lacks(tmp_path, make_model, tokenizer, capsys):
     commands, printed = print_commands(tmp_path / "T", tmp_path / "T", tmp_path / "out", capsys)
     assert list(commands) == ["transformers", "openvino"]
     assert "# vllm: cannot serve it: vLLM has no CodeGen architecture\n" in printed
+
+
+def test_a_short_head_is_for_our_own_sampler(pair, tmp_path, make_model, capsys):
+    draft = tmp_path / "short"
+    shorten_head(make_model(), torch.arange(8)).save_pretrained(draft)
+    with pytest.raises(ValueError, match=r"short has a short output head .* only our own sampler"):
+        print_commands(pair / "target", draft, tmp_path / "serve", capsys)
 
 
 def test_the_page_has_the_printed_commands():

@@ -1,6 +1,7 @@
 """extras/tree.py: losslessness at temperature 0 (token for token) and above, counts, caches, edge
 cases and the command line. Statistical tests: see tests/sampling.py."""
 
+import copy
 import json
 import math
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig
 
 from extras import tree
 from extras.tree import tree_generate
+from short_head import shorten_head
 from speculative import Stats, autoregressive_generate, speculative_generate
 from tests.sampling import (
     ARCHITECTURES,
@@ -252,16 +254,19 @@ def decode_texts(target, draft, prompt, n, texts, **settings):
 
 
 @pytest.mark.parametrize(
-    ("branching", "sampling"),
+    ("branching", "sampling", "tokens"),
     [
-        ((4,), {"top_k": 2}),  # q has fewer tokens than the tree has children
-        ((3, 1), {"top_p": 0.8}),
+        ((4,), {"top_k": 2}, 5),  # q has fewer tokens than the tree has children
+        ((3, 1), {"top_p": 0.8}, 5),
+        ((3, 1), {}, 2),  # a short head
     ],
 )
-def test_sampling_is_lossless(small, branching, sampling):
-    """Every continuation of 2 tokens against its exact probability; false alarms 1e-4 for each of 2
+def test_sampling_is_lossless(small, branching, sampling, tokens):
+    """Every continuation of 2 tokens against its exact probability; false alarms 1e-4 for each of 3
     cases."""
     target, draft, _ = small
+    if tokens < 5:
+        draft = shorten_head(copy.deepcopy(draft), torch.tensor([1, 4]))
     prompt = torch.tensor([[1, 0, 3]])
     sampling = {"temperature": 1.0, **sampling}
     texts, stats = decode_texts(target, draft, prompt, 2, 300, branching=branching, **sampling)
