@@ -487,7 +487,7 @@ def test_chats_without_responses_end_in_a_draft_that_can_be_tried(
     run_all.main([*flags, "--methods", "distillspec,adaspec"])
     printed = capsys.readouterr().out
     assert "the target writes 24 responses" in printed
-    assert re.search(r"short head: 40 of 400 tokens have 0\.\d+ of the target's prob", printed)
+    assert re.search(r"short head: 40 of 400 tokens, with 0\.\d+ of the target's prob", printed)
     assert re.search(r"adaspec: 2 steps.* alpha 0\.\d+ on 3 validation rows", printed)
     written = [
         p for p in tmp_path.glob("out/written/*.tokens") if len(data.read_examples(p)[0]) > 3
