@@ -23,6 +23,7 @@ from torch import Tensor
 
 from adaspec import response_positions
 from arithmetic import arithmetic_rows
+from hub import check_hub
 from own_rows import OwnRow, RowTokens, chat_tokens, check_responses, own_row
 from storage import fingerprint, is_whole, write_checked
 
@@ -159,6 +160,8 @@ def dataset_task(dataset: str) -> Task:
     """The task custom with the rows of a dataset. Raises ValueError where it cannot be opened or
     has no train split."""
     hub = tuple(dataset.split(":"))
+    if not Path(hub[0]).exists():
+        check_hub(hub[0], "dataset", "README.md")
     with loading_rows(f"the dataset {dataset}"):
         splits = datasets.get_dataset_split_names(*hub)
     if "train" not in splits:

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -29,6 +27,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 from cli import printable
+from hub import check_hub
 from ranks import from_rank_0, rank
 from short_head import shorten_head
 from storage import checksum, read_json, write_json
@@ -72,21 +71,8 @@ def check_name(name: str) -> None:
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name))
     if not path.is_dir() and (not is_id or (len(path.parts) > 1 and path.parent.is_dir())):
         raise ValueError(f"no such folder: {name}")
-    if not path.is_dir() and not try_to_load_from_cache(str(name), "config.json"):
-        ask_hub(str(name))
-
-
-def ask_hub(name: str) -> None:
-    """Ask the Hub once whether it has a model: a download would try six times, for half a minute,
-    where the Hub cannot be reached. Raises ValueError."""
-    try:
-        HfApi().model_info(name, timeout=10)
-        return
-    except RepositoryNotFoundError:
-        answer = "the Hub does not have it, or not for you"
-    except Exception as error:
-        answer = f"the Hub cannot be asked: {' '.join(str(error).split()):.200}"
-    raise ValueError(printable(f"no such folder: {name}; as a Hub id (ORG/NAME): {answer}"))
+    if not path.is_dir():
+        check_hub(str(name), "model", "config.json")
 
 
 # Checking and loading

@@ -1,0 +1,21 @@
+"""The Hugging Face Hub, asked once: where it cannot be reached, a download would try six times."""
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from cli import printable
+
+
+def check_hub(name: str, kind: str, file: str) -> None:
+    """Raises ValueError unless the Hub, or its cache on this machine, has `name`, a "model" or a
+    "dataset"; `file` is one that every such has."""
+    if try_to_load_from_cache(name, file, repo_type=kind):
+        return
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=10)
+        return
+    except RepositoryNotFoundError:
+        answer = "the Hub does not have it, or not for you"
+    except Exception as error:
+        answer = f"the Hub cannot be asked: {' '.join(str(error).split()):.200}"
+    raise ValueError(printable(f"no such folder: {name}; as a Hub id (ORG/NAME): {answer}"))
