@@ -143,9 +143,10 @@ def adaspec_loss(
 
     Logits [B, T, V] as the models return them, labels [B, T] with -100 on prompt and padding. With
     padding on the left all three models need attention_mask and position_ids, or they read it as
-    text, and the first token of each row the label -100: nothing predicts it. The quantile is taken over the response tokens given, with `over_ranks` over those of all
-    ranks (the loss is this rank's). The gradient of several micro-batches or ranks is that of their
-    sums, divided once by the tokens in all of them, not that of their means: docs/trainer.md.
+    text, and each row's first token needs -100, or padding predicts it. The quantile is taken over
+    the response tokens given, with `over_ranks` over those of all ranks (the loss is this rank's).
+    The gradient of several micro-batches or ranks is that of their sums, divided once by the tokens
+    in all of them, not that of their means: docs/trainer.md.
     Gradient flows through draft_logits only. No response token at all: loss 0.
     Raises ValueError for mismatched shapes, k outside (0, 1] or an unknown reduction.
     """
