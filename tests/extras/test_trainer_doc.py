@@ -29,6 +29,13 @@ def test_a_step_is_that_of_our_loop(make_model, examples, tmp_path, architecture
     check_equal(models[:2], examples, accumulation, str(tmp_path))  # the reference's training
 
 
+def test_the_first_token_of_a_row_is_left_out(make_model, examples, tmp_path):
+    """Where rows have no prompt; padding on the left puts it behind a position that predicts."""
+    models = [make_model(seed=seed) for seed in range(3)]
+    rows = [example._replace(prompt_length=0) for example in examples]
+    check_equal(models, rows, 4, str(tmp_path))
+
+
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_left_padding_leaves_the_loss(make_model, examples, tmp_path, positions):
     """In evaluation, too: a mean over the selected tokens."""

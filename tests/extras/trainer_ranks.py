@@ -120,7 +120,7 @@ def check_equal(models, examples, accumulation, folder):
     expected, summary = own_step(models, examples, accumulation)
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
     assert abs(logs["loss"] - summary["loss"]) < 1e-5 * summary["loss"]
-    tokens = sum(len(row.input_ids) - row.prompt_length for row in examples)
+    tokens = sum(len(row.input_ids) - max(row.prompt_length, 1) for row in examples)
     assert logs["selected"] == summary["loss_tokens"] / tokens
 
 
