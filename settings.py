@@ -188,7 +188,7 @@ class Settings:
     pairs: tuple[str, ...] = flag(
         ("pythia", "codegen"),
         some_of([*PAIRS, "custom"]),
-        f"comma-separated, of {', '.join(PAIRS)}, custom (which --target alone says, too)",
+        f"comma-separated, of {', '.join(PAIRS)}, custom; a --target alone means custom",
         "grid",
     )
     target: str | None = flag(None, str, "pair custom: Hub id or folder of your target", "grid")
@@ -266,9 +266,6 @@ class Settings:
         "the pair custom 0,3,3",
     )
     max_steps: int | None = flag(None, whole(), "cut every stage short")
-    validation_rows: int = flag(
-        16, whole(0), "validation rows that alpha is watched on as drafts learn; 0: none"
-    )
     dtype: str | None = flag(
         None, one_of(DTYPES), "autocast type; without it bfloat16 on a GPU, float32 on a CPU"
     )
@@ -283,6 +280,7 @@ class Settings:
     gamma: int = flag(5, whole(), "tokens drafted a round", "evaluation")
     max_new_tokens: int = flag(128, whole(2), "tokens of a response", "evaluation")
     split: str = "test"  # choose on validation rows
+    validation_rows: int = 16  # that alpha is watched on as drafts learn
     eval_prompts: int = flag(200, whole(), "prompts that acceptance is counted on", "evaluation")
     eval_batch: int = 20  # of them at a time
     timed_prompts: int = flag(

@@ -161,7 +161,9 @@ def open_target(
     if losses == {"ce"}:
         return None
     network = load_model(target.path, cell.dtype, cell.device)
-    token_ids = short_head_tensors(plan.init.path).get("token_ids")
+    token_ids = None
+    if isinstance(plan.init, Model):
+        token_ids = short_head_tensors(plan.init.path).get("token_ids")
     teacher = Frozen(network, len(cell.tokenizer), token_ids)
     if cell.settings.shard_target:
         shard_layers(teacher.model)

@@ -233,7 +233,6 @@ def test_a_target_given_is_the_pair_custom():
         ("--target a --draft-layers 0", "argument --draft-layers: must be a whole number of at"),
         ("--pairs pythia --target a --draft b", "add it to --pairs, or leave --pairs out"),
         ("--out=", "--out is empty"),
-        ("--validation-rows -1", "--validation-rows: must be a whole number of at least 0"),
         ("--gama 3", "unrecognized arguments: --gama"),
         ("--k", "argument --k: expected one argument"),
     ],
