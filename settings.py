@@ -188,7 +188,7 @@ class Settings:
     pairs: tuple[str, ...] = flag(
         ("pythia", "codegen"),
         some_of([*PAIRS, "custom"]),
-        f"comma-separated, of {', '.join(PAIRS)}, custom; a --target alone means custom",
+        f"comma-separated, of {', '.join(PAIRS)}, custom; with a target given, custom",
         "grid",
     )
     target: str | None = flag(None, str, "pair custom: Hub id or folder of your target", "grid")
