@@ -262,7 +262,7 @@ class Settings:
     epochs: tuple[int, int, int] | None = flag(
         None,
         numbers,
-        "target,reference,draft; target 0: taken as it is. Without it those of --regime, and for "
+        "target,reference,draft; target 0: taken as it is. Without it those of the regime, and for "
         "the pair custom 0,3,3",
     )
     max_steps: int | None = flag(None, whole(), "cut every stage short")
