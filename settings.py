@@ -273,7 +273,7 @@ class Settings:
     protocol: str | None = flag(
         None,
         one_of(PROTOCOLS),
-        "paper: gamma 4, greedy alone, 512 new tokens; --gamma and --max-new-tokens go before it",
+        "paper: gamma 4, greedy alone, 512 new tokens, unless their own flags say otherwise",
         "evaluation",
     )
     temperatures: tuple[float, ...] = (0.0, 1.0)
