@@ -260,9 +260,7 @@ def written_by_target(
     temperatures = cell.settings.write_temperature
     settings = {"target": target.fingerprint, "prompts": digest(prompts_alone(examples))}
     settings |= {"seed": seed, "dtype": cell.settings.dtype, "writer": vars(writer)}
-    settings |= {"temperatures": temperatures}
-    if cell.settings.write_with_draft:
-        settings["draft"] = draft.fingerprint
+    settings |= {"temperatures": temperatures, "with_draft": cell.settings.write_with_draft}
     prefix = Path(cell.settings.out, "written", fingerprint(settings))
     blocks = response_blocks(examples, temperatures, writer.batch_size)
     paths = [prefix.with_name(f"{prefix.name}-{n:05d}.tokens") for n in range(len(blocks))]
