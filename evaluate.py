@@ -193,6 +193,16 @@ def bootstrap_interval(
     return low.item(), high.item()
 
 
+def median_interval(values: Sequence[float], level=0.95, samples=1000, seed=0):
+    """(low, high) of the median by percentile bootstrap over prompts, one value each."""
+    values = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(values), (samples, len(values)), generator=generator)
+    quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = values[index].quantile(0.5, dim=1).quantile(quantiles)
+    return low.item(), high.item()
+
+
 # Speed
 
 
@@ -202,8 +212,8 @@ def timings(
     """Speeds {label: figures} and costs of the drafts, measured in turn, as medians over prompts
     [1, T] (other work on the machine spoils a sum).
 
-    Figures: speed-up over the target alone (tokens per second over tokens per second), tokens per
-    second, seconds per response. Costs, in target steps: a step of each draft {label: ratio} (not
+    Figures: speed-up over the target alone (tokens per second over tokens per second) and its 95%
+    interval over prompts, tokens per second, seconds per response. Costs, in target steps: a step of each draft {label: ratio} (not
     of EAGLE heads, which take no step alone) and the target's scoring of gamma + 1 positions
     {gamma: ratio}.
     """
@@ -232,6 +242,7 @@ def timings(
         ratios = [rate / alone for rate, alone in zip(rates[label], rates[None], strict=True)]
         speeds[label] = {
             "speedup": statistics.median(ratios),
+            "speedup_interval": median_interval(ratios),
             "tokens_per_second": statistics.median(rates[label]),
             "target_tokens_per_second": statistics.median(rates[None]),
             "seconds_per_response": statistics.median(seconds[label]),

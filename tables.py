@@ -233,9 +233,16 @@ def speed_table(rows: list[dict]) -> Table:
         speedups = predicted_speedups(row)
         return f"{max(speedups.values()):.2f}x" if speedups else ""
 
+    def measured(row: dict) -> str:
+        text = f"{row['speedup']:.2f}x"
+        if row.get("speedup_interval"):
+            low, high = row["speedup_interval"]
+            text += f" ({low:.2f}-{high:.2f})"
+        return text
+
     columns = {
         "alpha": "{alpha:.3f}".format_map,
-        "speed-up": "{speedup:.2f}x".format_map,
+        "speed-up": measured,
         "c": lambda row: f"{row['cost_ratio']:.3f}" if row.get("cost_ratio") else "",
         "best gamma": best_gamma,
         "predicted": predicted,

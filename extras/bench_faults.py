@@ -20,9 +20,8 @@ from extras import measure
 ROOT = Path(__file__).parents[1]
 RUN = "--preset tiny --limit 64 --max-steps 8 --epochs 2,2,2 --eval-prompts 8 --timed-prompts 1"
 TIMES = {  # of a row of results.json
-    "speedup", "speedup_by_gamma", "tokens_per_second", "target_tokens_per_second",
-    "seconds_per_response", "cost_ratio",
-    "scoring_ratio", "seconds",
+    "speedup", "speedup_interval", "speedup_by_gamma", "tokens_per_second",
+    "target_tokens_per_second", "seconds_per_response", "cost_ratio", "scoring_ratio", "seconds",
 }  # fmt: skip
 
 

@@ -10,7 +10,15 @@ import torch
 
 import evaluate as module
 from data import prompt_ids
-from evaluate import GAMMAS, bootstrap_interval, clock, evaluate, step_seconds, timings
+from evaluate import (
+    GAMMAS,
+    bootstrap_interval,
+    clock,
+    evaluate,
+    median_interval,
+    step_seconds,
+    timings,
+)
 from settings import Settings
 from speculative import Lane, Stats, autoregressive_generate, left_pad, speculative_generate
 from tests.sampling import noisy
@@ -228,6 +236,15 @@ def test_a_head_that_takes_no_step_alone_has_no_cost_of_one(pair, examples, toke
         assert row["speedup"] > 0 and min(row["scoring_ratio"].values()) > 0
 
 
+def test_the_interval_of_a_median():
+    """Of normal values the median's standard error is 1.253 of the mean's."""
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = median_interval(values.tolist())
+    assert low < values.median() < high
+    assert (high - low) / (2 * 1.96 * 1.253 / 20) == pytest.approx(1, abs=0.25)
+    assert median_interval([2.0]) == (2.0, 2.0)
+
+
 def test_bootstrap_interval():
     generator = torch.Generator().manual_seed(0)
     judged = torch.randint(20, 60, (200,), generator=generator).double()
@@ -283,7 +300,8 @@ def test_timings_are_medians_over_prompts_without_the_warm_up(make_model, monkey
     speeds, ratios = timings(target, {"draft": draft}, prompts, 6, {"temperature": 0.5}, 9, bar)
     # tokens a second: 8, 2, 4 alone, 6, 6, 24 with the draft; ratios 0.75, 3, 6
     draft_speeds = {"speedup": 3, "tokens_per_second": 6, "seconds_per_response": 2}
-    assert speeds == {"draft": draft_speeds | {"target_tokens_per_second": 4}}
+    draft_speeds |= {"target_tokens_per_second": 4, "speedup_interval": (0.75, 6)}
+    assert speeds == {"draft": draft_speeds}
     assert ratios == {
         "draft": 0.5,  # of 0.5, 0.1, 0.75
         1: 2.0,  # of 2, 5, 1

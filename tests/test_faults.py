@@ -18,9 +18,8 @@ from tests.damage import flip, truncate
 ROOT = Path(run_all.__file__).parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 TIMES = {
-    "speedup", "tokens_per_second", "target_tokens_per_second", "seconds_per_response",
-    "cost_ratio", "scoring_ratio",
-    "seconds",
+    "speedup", "speedup_interval", "tokens_per_second", "target_tokens_per_second",
+    "seconds_per_response", "cost_ratio", "scoring_ratio", "seconds",
 }  # fmt: skip
 
 
