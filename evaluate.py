@@ -213,9 +213,9 @@ def timings(
     [1, T] (other work on the machine spoils a sum).
 
     Figures: speed-up over the target alone (tokens per second over tokens per second) and its 95%
-    interval over prompts, tokens per second, seconds per response. Costs, in target steps: a step of each draft {label: ratio} (not
-    of EAGLE heads, which take no step alone) and the target's scoring of gamma + 1 positions
-    {gamma: ratio}.
+    interval over prompts, tokens per second, seconds per response. Costs, in target steps: a step
+    of each draft {label: ratio} (not of EAGLE heads, which take no step alone) and the target's
+    scoring of gamma + 1 positions {gamma: ratio}.
     """
     generator = torch.Generator(target.device)
     seconds, rates = defaultdict(list), defaultdict(list)  # by label; None: the target alone
