@@ -204,7 +204,7 @@ def test_a_dataset_that_load_dataset_opens(tmp_path):
     train = data.load_rows("custom", "train", dataset=name)
     assert len(train) == 16 and train[1] == OwnRow([USER, USER], "answer", "")
     assert len(data.load_rows("custom", "test", dataset=name)) == 2
-    with pytest.raises(ValueError, match=r"cannot load the dataset .*nowhere"):
+    with pytest.raises(ValueError, match=r"no such folder: .*nowhere; as a Hub id"):
         data.load_rows("custom", "train", dataset=str(tmp_path / "nowhere"))
 
 
