@@ -1,7 +1,7 @@
 """The Hugging Face Hub, asked once: where it cannot be reached, a download would try six times."""
 
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from cli import printable
 
@@ -9,11 +9,12 @@ from cli import printable
 def check_hub(name: str, kind: str, file: str) -> None:
     """Raises ValueError unless the Hub, or its cache on this machine, has `name`, a "model" or a
     "dataset"; `file` is one that every such has."""
-    if try_to_load_from_cache(name, file, repo_type=kind):
-        return
     try:
-        HfApi().repo_info(name, repo_type=kind, timeout=10)
+        if not try_to_load_from_cache(name, file, repo_type=kind):
+            HfApi().repo_info(name, repo_type=kind, timeout=10)
         return
+    except HFValidationError:
+        answer = "it is none"
     except RepositoryNotFoundError:
         answer = "the Hub does not have it, or not for you"
     except Exception as error:
