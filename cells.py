@@ -23,6 +23,7 @@ from data import (
 from head import Head
 from models import (
     check_model,
+    end_tokens,
     keep_layers,
     load_model,
     model_identity,
@@ -30,7 +31,6 @@ from models import (
     scratch_model,
     shared_tokenizer,
 )
-from own_rows import turn_end
 from ranks import check_stop, from_rank_0, rank, say, world_size
 from settings import PAIRS, Method, Pair, Recipe, Settings, recipe
 from short_head import frequent_tokens, shorten_head
@@ -59,11 +59,12 @@ class Cell:
     ends: list[int]  # the tokens that end a response
     examples: list[Example]  # training rows
     test: list[Example]  # held-out rows
-    sample: str | list[dict]  # the shortest held-out prompt, a text or a chat
+    sample: str | list[dict]  # the shortest of their prompts, a text or a chat
     validation: list[Example]  # a few others, to watch drafts learn
     dropped: tuple[int, int]  # rows of both without a response within max_length
     model_names: list[str]  # target, draft; a pair with another kind of draft has the target alone
     models: list[torch.nn.Module]  # likewise, without weights
+    is_written: bool = False  # whether the target has written responses that rows lacked
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,7 +78,7 @@ class Cell:
     @property
     def cache_folder(self) -> Path:
         """Where is kept what the frozen models say. A target that is taken as it is says the same
-        to all pairs and seeds; run_all.py removes its cache in the end, others with the cell."""
+        to all seeds: run_all.py removes its cache after the last, others after each cell."""
         return self.folder / "cache" if self.recipe.epochs[0] else Path(self.settings.out, "cache")
 
     @property
@@ -134,17 +135,24 @@ def prepare_cell(
     check_stop()
     own_pair = Pair(settings.target, settings.draft or settings.draft_layers)
     pair = own_pair if pair_name == "custom" else pairs[pair_name]
-    rows = read_rows(task, "train", settings.limit, settings)
-    test_rows = read_rows(task, settings.split, settings.eval_prompts, settings)
+    source = {"data_dir": settings.data_dir, "dataset": settings.dataset}
+    rows = load_rows(task, "train", limit=settings.limit, **source)
+    test_rows = load_rows(task, settings.split, limit=settings.eval_prompts, **source)
     form = "custom" if settings.chat else task
     if isinstance(pair.target, dict):
+        if settings.chat:
+            raise ValueError(f"--chat: the pair {pair_name} is from scratch, without a template")
         names = [f"{pair_name}'s target", f"{pair_name}'s draft"]
-        tokenizer = train_tokenizer(texts or row_texts(form, rows), SCRATCH_VOCABULARY)
+        tokenizer = train_tokenizer(texts or row_texts(task, rows), SCRATCH_VOCABULARY)
         with torch.device("meta"):
             models = [scratch_model(sizes, tokenizer, seed) for sizes in pair.models]
     else:
         names, models = pretrained_models(pair, settings)
         tokenizer = shared_tokenizer(names[0], names[len(pair.models) - 1])
+    if settings.chat:
+        rows, test_rows = (
+            as_chats(task, part, tokenizer, settings.max_length) for part in (rows, test_rows)
+        )
     examples, dropped = encode_rows(form, rows, tokenizer, settings)
     test, test_dropped = encode_rows(form, test_rows, tokenizer, settings)
     name = own_name(names, pair, settings) if pair_name == "custom" else pair_name
@@ -158,10 +166,10 @@ def prepare_cell(
         device=device,
         folder=Path(settings.out, name, task, f"seed{seed}"),
         tokenizer=tokenizer,
-        ends=response_ends(form, test_rows, tokenizer),
+        ends=response_ends(models[0], form, [*rows, *test_rows], tokenizer),
         examples=examples,
         test=test,
-        sample=min((TASKS[form].prompt(row) for row in test_rows), key=lambda p: len(str(p))),
+        sample=shortest_prompt(form, test_rows, tokenizer, settings),
         validation=validation_examples(task, form, tokenizer, settings),
         dropped=(dropped, test_dropped),
         model_names=names[: len(models)],
@@ -169,10 +177,12 @@ def prepare_cell(
     )
 
 
-def read_rows(task: str, split: str, limit: int | None, settings: Settings) -> list:
-    """The first rows of a split, as chats where that is asked for."""
-    rows = load_rows(task, split, settings.data_dir, limit, settings.dataset)
-    return as_chats(task, rows) if settings.chat and task != "custom" else rows
+def shortest_prompt(task: str, rows, tokenizer, settings: Settings) -> str | list[dict]:
+    """Of the rows that are not dropped."""
+    for row in sorted(rows, key=lambda row: len(str(TASKS[task].prompt(row)))):
+        if encode(task, [row], tokenizer, settings.max_length)[0]:
+            break
+    return TASKS[task].prompt(row)
 
 
 def pretrained_models(pair: Pair, settings: Settings) -> tuple[list[str], list[torch.nn.Module]]:
@@ -215,12 +225,12 @@ def row_texts(task: str, rows) -> list[str]:
     return texts
 
 
-def response_ends(task: str, rows, tokenizer) -> list[int]:
-    """The tokenizer's end token and, where rows are chats, the one that ends a turn."""
-    ends = {tokenizer.eos_token_id}
-    if any(not isinstance(TASKS[task].prompt(row), str) for row in rows):
-        ends.add(turn_end(tokenizer))
-    return sorted(ends)
+def response_ends(target, task: str, rows, tokenizer) -> list[int]:
+    """The tokens that end a response: the target's (`models.end_tokens`), and the tokenizer's end
+    token, which ends the rows."""
+    is_chat = any(not isinstance(TASKS[task].prompt(row), str) for row in rows)
+    ends = end_tokens(target, tokenizer, is_chat)
+    return sorted({tokenizer.eos_token_id, *ends})
 
 
 def encode_rows(task: str, rows, tokenizer, settings: Settings) -> tuple[list[Example], int]:
@@ -252,10 +262,14 @@ def validation_examples(task: str, form: str, tokenizer, settings: Settings) -> 
     if not settings.validation_rows:
         return []
     try:
-        rows = read_rows(task, "validation", settings.validation_rows, settings)
+        rows = load_rows(
+            task, "validation", settings.data_dir, settings.validation_rows, settings.dataset
+        )
     except ValueError as error:
         say(f"  alpha is not watched in training: {error}")
         return []
+    if settings.chat:
+        rows = as_chats(task, rows, tokenizer, settings.max_length)
     return encode(form, rows, tokenizer, settings.max_length)[0]
 
 
@@ -332,6 +346,21 @@ def check_short_heads(cell: Cell, methods: list[Method]) -> None:
 
 
 # The plans of the stages
+
+
+def write_missing_responses(cell: Cell, target: Model, draft: Model | None) -> None:
+    """Rows that have no response get one of the target's."""
+    cell.is_written = cell.prompts_only
+    cell.examples = with_responses(cell, target, draft, cell.examples)
+    cell.validation = with_responses(cell, target, draft, cell.validation)
+
+
+def with_responses(
+    cell: Cell, target: Model, draft: Model | None, examples: list[Example]
+) -> list[Example]:
+    if all(len(e.input_ids) > e.prompt_length for e in examples):
+        return examples
+    return written_by_target(cell, target, draft, examples)
 
 
 def base_models(cell: Cell) -> tuple[Model, Model | None]:

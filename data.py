@@ -24,7 +24,15 @@ from torch import Tensor
 from adaspec import response_positions
 from arithmetic import arithmetic_rows
 from hub import check_hub
-from own_rows import OwnRow, RowTokens, chat_tokens, check_responses, own_row
+from own_rows import (
+    OwnRow,
+    RowTokens,
+    chat_tokens,
+    check_responses,
+    check_text,
+    own_row,
+    prompt_tokens,
+)
 from storage import fingerprint, is_whole, write_checked
 
 HELD_OUT = 500  # rows (a tenth at most) carved off train's end for each split that is missing
@@ -180,13 +188,23 @@ def loading_rows(rows: str) -> Iterator[None]:
         raise ValueError(f"cannot load {rows}: {cause:.400}") from error
 
 
-def as_chats(task: str, rows: Sequence[dict]) -> list[OwnRow]:
-    """A task's rows as chats of one turn, for a target that was trained on chats."""
+def as_chats(task: str, rows: Sequence[dict], tokenizer, max_length: int) -> list[OwnRow]:
+    """Rows as chats, each prompt the user's turn, for a target that was trained on chats; chats
+    stay as they are. Documents are cut as `encode` cuts them."""
     spec = TASKS[task]
     chats = []
     for number, row in enumerate(rows, 1):
-        turn = {"role": "user", "content": spec.prompt(row).strip()}
-        chats.append(OwnRow([turn], spec.response(row), f"{task}, row {number}"))
+        prompt = spec.prompt(row)
+        if spec.document:
+            excess = len(prompt_tokens(prompt.strip(), tokenizer, chat=True))
+            excess -= max_length - max_length // 4
+            if excess > 0:
+                cut = _cut(tokenizer, row[spec.document], excess)
+                prompt = spec.prompt(row | {spec.document: cut})
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt.strip()}]
+        source = getattr(row, "source", f"{task}, row {number}")
+        chats.append(OwnRow(prompt, spec.response(row), source))
     return chats
 
 
@@ -268,12 +286,8 @@ def _checked(row, spec: Task, source: str) -> dict | OwnRow:
         texts = row[name] if name in spec.lists else [row[name]]
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{source}: {name} must be {kind}, got {row[name]!r:.60}")
-        try:
-            "".join(texts).encode()
-        except UnicodeEncodeError as error:  # JSON can say one, and no tokenizer takes it
-            raise ValueError(
-                f"{source}: {name} holds half of a surrogate pair, {texts!r:.60}"
-            ) from error
+        for text in texts:
+            check_text(text, f"{source}: {name}", "text")
     return {name: row[name] for name in spec.columns}
 
 

@@ -28,6 +28,7 @@ from transformers.utils import cached_file
 
 from cli import printable
 from hub import check_hub
+from own_rows import turn_end
 from ranks import from_rank_0, rank
 from short_head import shorten_head
 from storage import checksum, read_json, write_json
@@ -122,6 +123,7 @@ def check_model(name) -> torch.nn.Module:
         wanted = sum(parameter.numel() for parameter in model.parameters())
         if stored < wanted:
             raise ValueError(f"its files hold {stored:,} weights, config.json asks for {wanted:,}")
+        model.generation_config = generation_config(name) or model.generation_config
     return model
 
 
@@ -276,12 +278,24 @@ def load_pair(target: str, draft: str, dtype=torch.float32, device="cpu"):
     return load_model(target, dtype, device), load_model(draft, dtype, device), tokenizer
 
 
-def end_tokens(model, tokenizer) -> list[int]:
-    """The end tokens of the model's generation config, else of the tokenizer; [] where none is."""
-    for ends in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        if ends is not None:
-            return [ends] if isinstance(ends, int) else list(ends)
-    return []
+def end_tokens(model, tokenizer, is_chat: bool = False) -> list[int]:
+    """The tokens that end a text: those of the model's generation config, else the tokenizer's,
+    and the one that ends a turn of a chat; [] where none is."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if not isinstance(ends, list):
+        ends = [] if ends is None else [ends]
+    last = [turn_end(tokenizer)] if is_chat else []
+    return list(dict.fromkeys([*ends, *last]))
+
+
+def generation_config(name: str) -> GenerationConfig | None:
+    """What a folder or Hub id says of generation; None where it says nothing."""
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return None
 
 
 # Of a generation_config.json, what changes the tokens that generate() draws, and the values at
@@ -315,10 +329,7 @@ def ignored_settings(*names: str) -> str:
     that nothing here applies to either; "" where they have none."""
     parts = []
     for role, name in zip(("target", "draft"), names, strict=False):
-        try:
-            config = GenerationConfig.from_pretrained(name)
-        except OSError:  # it has none
-            continue
+        config = generation_config(name)
         for key, neutral in NEUTRAL.items():
             value = getattr(config, key, None)
             if value not in (None, neutral):

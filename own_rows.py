@@ -31,6 +31,8 @@ def own_row(columns: dict, source: str) -> OwnRow:
     """A row from its columns. Raises ValueError, naming the source and the column, where they are
     ambiguous, lack something or are of another type."""
     columns = {name: value for name, value in columns.items() if value is not None}
+    if columns.get("tools"):
+        raise ValueError(f"{source}: tools are not supported; leave such rows out")
     present = [name for name in ("prompt", "completion", "response", "messages") if name in columns]
     if "prompt" not in present and "messages" not in present:
         names = ", ".join(map(repr, columns))
@@ -48,7 +50,7 @@ def own_row(columns: dict, source: str) -> OwnRow:
     if isinstance(prompt, list):
         return _chat_row(present, prompt, rest, source)
     for name in present:
-        _check_text(columns[name], f"{source}: {name}", "text")
+        check_text(columns[name], f"{source}: {name}", "text")
     if rest and not rest[0].strip():
         raise ValueError(
             f"{source}: {present[1]} is empty; write it, or leave the column out of all rows and "
@@ -72,6 +74,8 @@ def _chat_row(present: list[str], messages: list, rest: list, source: str) -> Ow
         if rest:
             raise ValueError(f"{source}: {present[1]} must end with a message of the assistant")
         return OwnRow(chat, None, source)
+    if chat[-1].get("tool_calls"):
+        raise ValueError(f"{source}: the answer calls tools, which has no loss here; leave it out")
     if len(chat) == 1:
         raise ValueError(f"{source}: the assistant's message has no prompt before it")
     return OwnRow(chat[:-1], chat[-1]["content"], source)
@@ -81,12 +85,13 @@ def _check_message(message, place: str) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"{place} must be an object with role and content, got {message!r:.60}")
     content = message.get("content")
-    _check_text(content, f"{place}: content", "text (images and tool calls have no loss here)")
+    check_text(content, f"{place}: content", "text (images and tool calls have no loss here)")
     if message["role"] == "assistant" and not content.strip():
         raise ValueError(f"{place}: the assistant's turn is empty; remove it or the row")
 
 
-def _check_text(value, place: str, kind: str) -> None:
+def check_text(value, place: str, kind: str) -> None:
+    """Raises ValueError unless this is text that a tokenizer takes."""
     if not isinstance(value, str):
         raise ValueError(f"{place} must be {kind}, got {value!r:.60}")
     try:
@@ -130,18 +135,32 @@ def chat_tokens(row: OwnRow, tokenizer) -> RowTokens:
     turns = _marked_turns(row["prompt"], tokenizer)
     if row["response"] is None:
         return RowTokens(ids, [], turns)
-    answer = {"role": "assistant", "content": row["response"]}
-    text = _render(row, [*row["prompt"], answer], tokenizer)
+    text = _render(row, with_answer(row["prompt"], row["response"]), tokenizer)
     if not text.startswith(prompt):
         raise ValueError(
             f"{row.source}: the chat template renders the prompt otherwise once the answer "
             "follows; render it yourself and give prompt and completion as texts"
         )
-    response = tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"]
-    end = next((i for i, token in enumerate(response) if token in _special(tokenizer)), None)
-    if end is None:
-        return RowTokens(ids, [*response, tokenizer.eos_token_id], turns)
-    return RowTokens(ids, response[: end + 1], turns)
+    answer = text[len(prompt) :]
+    return RowTokens(ids, _until_turn_ends(answer, row["response"], tokenizer), turns)
+
+
+def with_answer(messages: list[dict], answer: str) -> list[dict]:
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def _until_turn_ends(text: str, content: str, tokenizer) -> list[int]:
+    """The tokens of a rendered answer up to the first special one after its content, which ends
+    the turn; where there is none, all of them and the tokenizer's end token."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoding["input_ids"]
+    content_end = max(text.rfind(content.strip()), 0) + len(content.strip())
+    added = tokenizer.added_tokens_decoder.items()
+    special = {number for number, token in added if token.special} | set(tokenizer.all_special_ids)
+    for i, (start, _) in enumerate(encoding["offset_mapping"]):
+        if start >= content_end and ids[i] in special:
+            return ids[: i + 1]
+    return [*ids, tokenizer.eos_token_id]
 
 
 def prompt_tokens(prompt: str | list[dict], tokenizer, chat: bool = False) -> list[int]:
@@ -169,7 +188,7 @@ def _render(row: OwnRow, messages: list[dict], tokenizer, **options) -> str:
 
 def _marked_turns(messages: list[dict], tokenizer) -> tuple:
     """The spans of the assistant's turns in a prompt's tokens, where the template marks them."""
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template):
+    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         return ()
     encoding = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_assistant_tokens_mask=True
@@ -179,12 +198,9 @@ def _marked_turns(messages: list[dict], tokenizer) -> tuple:
     return tuple(zip(borders[::2], borders[1::2], strict=True))
 
 
-def _special(tokenizer) -> set[int]:
-    added = tokenizer.added_tokens_decoder.items()
-    return {number for number, token in added if token.special} | set(tokenizer.all_special_ids)
-
-
 def turn_end(tokenizer) -> int:
     """The token that ends a turn of the assistant: it ends decoding of a chat too."""
-    chat = OwnRow([{"role": "user", "content": "Hello"}], "Hello", "a chat of two turns")
-    return chat_tokens(chat, tokenizer).response[-1]
+    question = [{"role": "user", "content": "Question"}]
+    row = OwnRow(question, "Answer", "a chat of two turns")
+    text = _render(row, with_answer(question, "Answer"), tokenizer)
+    return _until_turn_ends(text, "Answer", tokenizer)[-1]

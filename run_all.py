@@ -13,6 +13,7 @@ import interrupt  # noqa: F401 -- first: it makes Ctrl-C during the other import
 
 # isort: split
 
+import json
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from cells import (
     reference_method,
     target_plan,
     with_short_head,
+    write_missing_responses,
 )
 from cli import Parser, add_flags, run_command
 from costs import predicted_speedups, recommend
@@ -43,7 +45,7 @@ from evaluate import evaluate
 from models import ignored_settings, load_model
 from ranks import from_rank_0, leave, rank, say, setup, world_size
 from settings import Method, Settings, parse_settings
-from stages import fit, training_cost, written_by_target
+from stages import fit, training_cost
 from storage import Model
 from tables import in_order, markdown_text, terminal_text, told_apart
 from train import adaspec_step, distillation_step, fine_tuning_step
@@ -56,9 +58,7 @@ def run_cell(cell, methods: Sequence[Method], evaluation: Callable | None = None
     target, base_draft = base_models(cell)
     if cell.recipe.epochs[0]:
         target = fit(cell, target_plan(cell, target), fine_tuning_step)  # stage 0
-    if cell.prompts_only:
-        cell.examples = written_by_target(cell, target, base_draft, cell.examples)
-        cell.validation = written_by_target(cell, target, base_draft, cell.validation)
+    write_missing_responses(cell, target, base_draft)
     if cell.settings.draft_vocab:
         base_draft = with_short_head(cell, base_draft, target, methods)
     drafts = {"base": base_draft}
@@ -126,6 +126,7 @@ def measure_drafts(cell, target: Model, drafts: dict, load: Callable) -> list[di
 def evaluation_path(cell, label: str, target: Model, draft: Model) -> Path:
     """The file of a draft's rows."""
     subject = {"draft": label, "models": [target.fingerprint, draft.fingerprint]}
+    subject["prompts"] = digest(cell.test)
     name = storage.fingerprint(evaluation_protocol(cell) | subject)
     return cell.folder / "evaluations" / f"{name}.json"
 
@@ -208,8 +209,8 @@ def checked_cells(
             yield prepare(pair, task, seed, settings, device)
             if rank() == 0:
                 write_results(settings.out, started)
-        if rank() == 0:
-            storage.remove_folder(Path(settings.out, "cache"))
+                if seed == settings.seeds[-1]:
+                    storage.remove_folder(Path(settings.out, "cache"))
 
 
 def say_ignored_settings(cell: Cell) -> None:
@@ -232,12 +233,25 @@ def sample_command(cell, rows: list[dict]) -> str:
     best = max(trained, key=lambda row: max(predicted_speedups(row).values(), default=0.0))
     draft = cell.folder / best["folder"]
     gamma = recommend(predicted_speedups(best) or {cell.settings.gamma: 0.0})
-    prompt, chat = cell.sample, []
-    if isinstance(prompt, list):
-        prompt, chat = prompt[-1]["content"], ["--chat"]
-    arguments = ["--target", cell.model_names[0], "--draft", str(draft), *chat]
-    arguments += ["--gamma", str(gamma), "--temperature", f"{best['temperature']:g}"]
-    return f"python speculative.py {shlex.join([*arguments, '--prompt', prompt])}"
+    target = cell.folder / best["target"] if cell.recipe.epochs[0] else cell.model_names[0]
+    arguments = ["--target", str(target), "--draft", str(draft), "--gamma", str(gamma)]
+    arguments += ["--temperature", f"{best['temperature']:g}"]
+    arguments += prompt_arguments(cell)
+    return f"python speculative.py {shlex.join(arguments)}"
+
+
+def prompt_arguments(cell) -> list[str]:
+    """The arguments of speculative.py that give it the cell's sample; a chat of several turns is
+    written to a file."""
+    prompt = cell.sample
+    if isinstance(prompt, str):
+        return ["--prompt", prompt]
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return ["--chat", "--prompt", prompt[0]["content"]]
+    path = cell.folder / "sample.jsonl"
+    line = json.dumps({"messages": prompt}) + "\n"
+    storage.write_file(path, lambda file: file.write(line.encode()))
+    return ["--prompts", str(path)]
 
 
 def quiet_libraries() -> None:

@@ -226,7 +226,7 @@ class Settings:
     chat: bool = flag(
         False,
         None,
-        "put the prompts of the tasks through the target's chat template",
+        "put text prompts through the target's chat template, as the user's turn",
         "rows",
         action="store_true",
     )
@@ -242,8 +242,8 @@ class Settings:
     write_with_draft: bool = flag(
         False,
         None,
-        "the target writes by speculative decoding with the draft at hand: it pays where that is "
-        "good and batches are small",
+        "the target writes by speculative decoding with the draft at hand, a few responses at a "
+        "time: for a draft that is good already",
         "rows",
         action="store_true",
     )
@@ -325,8 +325,9 @@ def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Setti
         method = METHODS[name]
         if name == "best" and settings.batch:
             method = replace(method, batch=settings.batch)
+        method = replace(method, data=arguments["data"])
         if name != "best":
-            method = replace(method, divergence=arguments["divergence"], data=arguments["data"])
+            method = replace(method, divergence=arguments["divergence"])
         if name == "adaspec":
             method = replace(method, k=arguments["k"])
         methods.append(method)

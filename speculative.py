@@ -760,7 +760,7 @@ def main(argv: list[str] | None = None) -> None:
     from cli import printable
     from data import read_prompts
     from models import end_tokens, ignored_settings, load_pair
-    from own_rows import prompt_tokens, turn_end
+    from own_rows import prompt_tokens
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -780,7 +780,7 @@ def main(argv: list[str] | None = None) -> None:
     ignored = ignored_settings(args.target, args.draft)
     if ignored and not args.json:
         print(f"{ignored} (--temperature, --top-k and --top-p decide)\n")
-    ends = end_tokens(target, tokenizer) + ([turn_end(tokenizer)] if is_chat else [])
+    ends = end_tokens(target, tokenizer, is_chat)
     sampling |= {"eos_token_id": ends, "vocab_size": len(tokenizer)}
 
     short = sampling | {"max_new_tokens": min(8, args.max_new_tokens)}

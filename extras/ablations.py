@@ -265,6 +265,8 @@ def prepare_mixed(pair_name: str, task: str, seed: int, settings: Settings, devi
     parts = {
         name: prepare_cell(pair_name, name, seed, settings, device, texts=texts) for name in names
     }
+    if any(part.prompts_only for part in parts.values()):
+        raise ValueError("mixed: rows without responses cannot be mixed; give them responses")
     first = parts[names[0]]
     merged = vars(first) | {
         "task": task,

@@ -237,7 +237,7 @@ def decode(args) -> dict:
     prompts, source = measure.load_prompts(args, tokenizer, device)
     for ids in prompts:
         check_prompt((target, draft), ids, None, args.max_new_tokens)
-    ends = models.end_tokens(target, tokenizer)
+    ends = models.end_tokens(target, tokenizer, args.chat)
     contest = Contest(target, draft, prompts, ends, args.max_new_tokens, args.gamma)
     contest.take_turns(prompts[:1], 0, watched=False)  # warm up
 

@@ -40,7 +40,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import storage
 from adaspec import gather_gaps, select_tokens
-from cells import Cell, base_models, draft_plan, prepare_cell, reference_method, target_plan
+from cells import (
+    Cell,
+    base_models,
+    draft_plan,
+    prepare_cell,
+    reference_method,
+    target_plan,
+    write_missing_responses,
+)
 from cli import Parser, add_flags, decimal, flag, run_command, some_of, whole
 from data import Batch, Example, all_tokens, make_batch
 from extras.ablations import StudySettings
@@ -433,6 +441,7 @@ def run_heads(cell: Cell, methods: Sequence[Method]) -> list[dict]:
     target, _ = base_models(cell)
     if cell.recipe.epochs[0]:
         target = fit(cell, target_plan(cell, target), fine_tuning_step)
+    write_missing_responses(cell, target, None)
     heads, costs = {}, {}
     for method in methods:
         plan = head_plan(cell, method, target)
@@ -529,6 +538,8 @@ class EagleSettings(StudySettings):
     draft: str | None = None
     validation_rows: int = 0  # alpha is not watched: a head needs the target's states for it
     draft_layers: int | None = None
+    draft_vocab: int | None = None
+    write_with_draft: bool = False
     methods: tuple = flag(
         ("distillspec", "adaspec"),
         some_of(["distillspec", "adaspec"]),

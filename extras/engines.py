@@ -178,7 +178,7 @@ class Comparison:
         self.drafts = dict(zip(names, drafts, strict=True))
         if len(self.drafts) < len(names):
             raise ValueError("--draft: two folders have one name, by which results are told apart")
-        self.ends = models.end_tokens(self.target, tokenizer)
+        self.ends = models.end_tokens(self.target, tokenizer, args.chat)
         if not self.ends:
             raise ValueError(f"{args.target}: no end token; set it in its generation_config.json")
         settings = (self.ends, self.limit, self.gamma)

@@ -344,7 +344,9 @@ def main(argv: list[str] | None = None) -> None:
         texts = [data.TASKS["arithmetic"].prompt(row) for row in rows]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target, draft, tokenizer = load_pair(args.target, args.draft, torch.float32, device)
-    sampling |= {"eos_token_id": end_tokens(target, tokenizer), "vocab_size": len(tokenizer)}
+    is_chat = any(isinstance(text, list) for text in texts)
+    ends = end_tokens(target, tokenizer, is_chat)
+    sampling |= {"eos_token_id": ends, "vocab_size": len(tokenizer)}
     tokens = [prompt_tokens(text, tokenizer) for text in texts[: args.limit]]
     prompts = [torch.tensor([ids], dtype=torch.long, device=device) for ids in tokens]
     settings = {"branching": args.branching, "gamma": gamma, "seed": args.seed, **sampling}

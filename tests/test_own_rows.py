@@ -112,8 +112,45 @@ def test_a_template_without_an_end_token_ends_with_the_tokenizers(tokenizer):
     assert turn_end(tokenizer) == tokenizer.eos_token_id
 
 
+BRACKETED = (
+    "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}{% endif %}"
+)
+THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
 def test_a_turns_end_is_found(tokenizer):
-    assert tokenizer.decode(turn_end(tokenizer)) == "<|im_end|>"
+    """Also where the answer begins with a special token, and where the generation prompt has what
+    an answered one has not."""
+    for template in (CHATML, BRACKETED, THINKING, {"default": CHATML, "tool_use": "x"}):
+        tokenizer.chat_template = template
+        assert tokenizer.decode(turn_end(tokenizer)) == "<|im_end|>"
+
+
+def test_an_answer_ends_after_its_content(tokenizer):
+    """An answer may begin with a special token, and may quote the one that ends it."""
+    tokenizer.chat_template = BRACKETED
+    (example,) = encode(tokenizer, {"messages": [USER, ANSWER]})
+    prompt = "<|im_start|>Hello<|im_end|>"
+    assert texts(tokenizer, example) == (prompt, "<|im_start|>answer<|im_end|>")
+    tokenizer.chat_template = CHATML
+    quoting = {"role": "assistant", "content": "answer <|im_end|> answer"}
+    (example,) = encode(tokenizer, {"messages": [USER, quoting]})
+    assert texts(tokenizer, example)[1] == "answer <|im_end|> answer<|im_end|>"
+
+
+def test_texts_as_chats(tokenizer):
+    """Chats stay as they are; a document is cut so that a quarter is left for the response."""
+    rows = [own_row({"prompt": "Hello", "completion": "answer"}, "file, line 3"),
+            own_row({"messages": [USER]}, "file, line 4")]  # fmt: skip
+    chats = data.as_chats("custom", rows, tokenizer, 512)
+    assert chats == [OwnRow([USER], "answer", ""), OwnRow([USER], None, "")]
+    assert [chat.source for chat in chats] == ["file, line 3", "file, line 4"]
+    article = {"document": "answer question " * 200, "summary": "Hello"}
+    chats = data.as_chats("xsum", [article], tokenizer, 128)
+    (example,), dropped = data.encode("custom", chats, tokenizer, 128)
+    assert dropped == 0 and 90 <= example.prompt_length <= 98
+    assert "Summarize the above" in tokenizer.decode(data.prompt_ids(example))
 
 
 EMPTY = {"role": "assistant", "content": " "}
@@ -150,6 +187,11 @@ REFUSED = {
     "empty turn": ({"messages": [USER, EMPTY]}, "message 2: the assistant's turn is empty"),
     "empty earlier turn": ({"messages": [USER, EMPTY, USER]}, "message 2: the assistant's turn"),
     "an answer alone": ({"messages": [ANSWER]}, "the assistant's message has no prompt before it"),
+    "an answer that calls tools": (
+        {"messages": [USER, ANSWER | {"tool_calls": [{"name": "x"}]}]},
+        "the answer calls tools, which has no loss here",
+    ),
+    "tools": ({"messages": [USER, ANSWER], "tools": [{"name": "x"}]}, "tools are not supported"),
     "a completion of the user": (
         {"prompt": [USER], "completion": [USER]},
         "completion must end with a message of the assistant",

@@ -487,6 +487,9 @@ def test_chats_without_responses_end_in_a_draft_that_can_be_tried(
     run_all.main([*flags, "--methods", "distillspec,adaspec"])
     printed = capsys.readouterr().out
     assert "the target writes 24 responses" in printed
+    rows = results_of(tmp_path / "out")["rows"]
+    forwards = {row["target_forwards"] for row in rows if row["draft"] != "base"}
+    assert forwards == {48}, "to write and to answer"
     assert re.search(r"short head: 40 of 400 tokens, with 0\.\d+ of the target's prob", printed)
     assert re.search(r"adaspec: 2 steps.* alpha 0\.\d+ on 3 validation rows", printed)
     written = map(data.read_examples, tmp_path.glob("out/written/*.tokens"))
@@ -499,6 +502,37 @@ def test_chats_without_responses_end_in_a_draft_that_can_be_tried(
     assert "alpha" in capsys.readouterr().out
     run_all.main([*flags, "--methods", "distillspec,adaspec"])
     assert "writes" not in capsys.readouterr().out
+
+
+def test_the_sample_is_a_prompt_as_it_is(tmp_path, tokenizer, make_model):
+    """The shortest that is not dropped; a chat of several turns goes through a file; a target that
+    was trained here is the one to decode with."""
+    (target,) = save_models(tmp_path, make_model, tokenizer, ("llama",), ("T",), paddings=(16,))
+    saved = AutoTokenizer.from_pretrained(target)
+    saved.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    saved.save_pretrained(target)
+    user = {"role": "user", "content": "What is 1 + 1?"}
+    history = [{"role": "system", "content": "Add."}, user]
+    rows = {"train": [{"messages": history}] * 4, "test": [{"messages": history}]}
+    (tmp_path / "rows" / "custom").mkdir(parents=True)
+
+    def sample_of(epochs, test):
+        for split, lines in (rows | {"test": test}).items():
+            text = "\n".join(map(json.dumps, lines))
+            (tmp_path / "rows" / "custom" / f"{split}.jsonl").write_text(text)
+        settings = Settings(out=str(tmp_path), target=str(target), draft_layers=1, epochs=epochs,
+                            data_dir=str(tmp_path / "rows"), dtype="float32")  # fmt: skip
+        cell = prepare_cell("custom", "custom", 0, settings, CPU)
+        row = {"draft": "best", "folder": "best", "target": "target", "temperature": 0.0}
+        command = shlex.split(run_all.sample_command(cell, [row]))
+        return command[3], command[command.index("0") + 1 :], cell
+
+    name, arguments, cell = sample_of((0, 1, 1), [{"messages": history}])
+    assert name == str(target) and arguments == ["--prompts", str(cell.folder / "sample.jsonl")]
+    assert data.read_prompts(arguments[1]) == [history]
+    name, arguments, cell = sample_of((1, 1, 1), [{"prompt": ""}, {"messages": [user]}])
+    assert name == str(cell.folder / "target")
+    assert arguments == ["--chat", "--prompt", "What is 1 + 1?"]
 
 
 @pytest.mark.parametrize(("flags", "message"), [

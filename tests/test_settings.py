@@ -120,7 +120,7 @@ def test_flags_of_training_go_to_the_methods_they_are_for():
     flags = "--methods best,adaspec,distillspec --divergence TVD --data target --k 0.3".split()
     settings, methods = parse(*flags)
     assert [method.label for method in methods] == [
-        "best",
+        "best data=target",
         "AdaSPEC divergence=tvd data=target k=0.3",
         "DistillSpec divergence=tvd data=target",
     ]
