@@ -126,7 +126,6 @@ def measure_drafts(cell, target: Model, drafts: dict, load: Callable) -> list[di
 def evaluation_path(cell, label: str, target: Model, draft: Model) -> Path:
     """The file of a draft's rows."""
     subject = {"draft": label, "models": [target.fingerprint, draft.fingerprint]}
-    subject["prompts"] = digest(cell.test)
     name = storage.fingerprint(evaluation_protocol(cell) | subject)
     return cell.folder / "evaluations" / f"{name}.json"
 
