@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+import speculative
 from speculative import expected_acceptance, speculative_generate
+from tests.sampling import build, noised
 
 
 def make(make_model, architecture, layers):
@@ -35,3 +37,31 @@ def test_what_comes_out_may_be_used_under_autograd(architecture, make_model):
     for model in (target, draft):
         model(input_ids=text, labels=labels).loss.backward()
         copy.deepcopy(model).double()(input_ids=text, labels=labels).loss.backward()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_few_rows_are_the_layers_own(bias):
+    linear = torch.nn.Linear(300, 512, bias=bias)
+    assert speculative.has_thin_products(linear)
+    assert not speculative.has_thin_products(torch.nn.Linear(300, 400))
+    assert not speculative.has_thin_products(copy.deepcopy(linear).bfloat16())
+    for shape in ((1, 1, 300), (1, 2, 300), (2, 4, 300), (8, 300), (3, 3, 300)):
+        hidden = torch.randn(shape)
+        output = speculative.thin_linear(linear, hidden)
+        assert output.is_contiguous() and output.shape == (*shape[:-1], 512)
+        torch.testing.assert_close(output, linear(hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_with_thin_products_leaves_the_model_as_it_was(monkeypatch):
+    target = build("llama", vocab=400, hidden=352)
+    draft = noised(target, 0.05)
+    ids = torch.arange(6)[None]
+    head = target.get_output_embeddings()
+    products = []
+    thin = speculative.thin_linear
+    monkeypatch.setattr(speculative, "thin_linear", lambda m, x: products.append(m) or thin(m, x))
+    output = speculative.speculative_generate(target, draft, ids, max_new_tokens=24, gamma=3)
+    assert head in products and "forward" not in vars(head)
+    monkeypatch.setattr(speculative, "has_thin_products", lambda module: False)
+    plain = speculative.speculative_generate(target, draft, ids, max_new_tokens=24, gamma=3)
+    assert torch.equal(output.sequences, plain.sequences) and output.stats == plain.stats
