@@ -64,7 +64,7 @@ class Cell:
     dropped: tuple[int, int]  # rows of both without a response within max_length
     model_names: list[str]  # target, draft; a pair with another kind of draft has the target alone
     models: list[torch.nn.Module]  # likewise, without weights
-    is_written: bool = False  # whether the target has written responses that rows lacked
+    is_written: bool  # whether the target has written responses that rows lacked
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,6 +174,7 @@ def prepare_cell(
         dropped=(dropped, test_dropped),
         model_names=names[: len(models)],
         models=models,
+        is_written=False,
     )
 
 
