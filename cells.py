@@ -84,7 +84,7 @@ class Cell:
     @property
     def prompts_only(self) -> bool:
         """Whether the training rows have no responses (yet): the target writes them."""
-        return all(len(e.input_ids) == e.prompt_length for e in self.examples)
+        return not any(example.has_response for example in self.examples)
 
     @property
     def rows_at_once(self) -> int:
@@ -359,7 +359,7 @@ def write_missing_responses(cell: Cell, target: Model, draft: Model | None) -> N
 def with_responses(
     cell: Cell, target: Model, draft: Model | None, examples: list[Example]
 ) -> list[Example]:
-    if all(len(e.input_ids) > e.prompt_length for e in examples):
+    if all(example.has_response for example in examples):
         return examples
     return written_by_target(cell, target, draft, examples)
 

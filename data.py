@@ -300,6 +300,10 @@ class Example(NamedTuple):
     turns: tuple[tuple[int, int], ...] = ()
 
     @property
+    def has_response(self) -> bool:
+        return len(self.input_ids) > self.prompt_length
+
+    @property
     def bears_loss(self) -> np.ndarray:
         """Which tokens bear loss, bool [T]."""
         mask = np.arange(len(self.input_ids)) >= self.prompt_length

@@ -39,7 +39,7 @@ class Validation:
         self.examples = [example for example in examples if example.bears_loss[1:].any()]
         self.rows_at_once = rows_at_once
         self.batches: list[Batch] = []
-        self.losses: list[tuple[Callable, Callable]] = []  # by batch, see train.token_loss
+        self.losses: list[tuple[Callable, Callable]] = []  # by batch, see teacher.token_loss
 
     def ask(self, target) -> None:
         """Keep what the target, a teacher.Frozen with its trunk, says of the rows."""

@@ -79,7 +79,7 @@ class Frozen:
 
 
 class ReferenceLoss:
-    """The reference's loss (`name`, as in train.token_loss) at each response token, [N] a batch."""
+    """The reference's loss (`name`, as in `token_loss`) at each response token, [N] a batch."""
 
     def __init__(self, reference: Frozen, target: Frozen | None, name: str):
         self.reference = reference

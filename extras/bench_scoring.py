@@ -8,7 +8,7 @@ Float32, random tokens, 200 of them in the cache; with and without take turns.
 
 import statistics
 import time
-from unittest import mock
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -22,10 +22,10 @@ TOKENS = range(1, 9)  # of a forward
 REPEATS = 4  # the fastest of so many counts
 
 
-def scoring_seconds(model, ids: torch.Tensor) -> dict[int, float]:
-    """Seconds of a forward of n tokens after the context, by n."""
+def scoring_seconds(model, ids: torch.Tensor, mode: AbstractContextManager) -> dict[int, float]:
+    """Seconds of a forward of n tokens after the context, by n, in an inference mode."""
     seconds = {}
-    with speculative.inference(model):
+    with mode:
         lane = speculative.Lane(model, ids, None, model.config.vocab_size, 0)
         lane.forward(ids)
         for n in TOKENS:
@@ -50,9 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     ids = torch.randint(model.config.vocab_size, (1, CONTEXT), generator=generator)
     ratios = {"plain": {n: [] for n in TOKENS}, "thin": {n: [] for n in TOKENS}}
     for _ in range(args.rounds):
-        with mock.patch.object(speculative, "has_thin_products", lambda module: False):
-            plain = scoring_seconds(model, ids)
-        thin = scoring_seconds(model, ids)
+        plain = scoring_seconds(model, ids, torch.inference_mode())
+        thin = scoring_seconds(model, ids, speculative.inference(model))
         for n in TOKENS:
             ratios["plain"][n].append(plain[n] / plain[1])
             ratios["thin"][n].append(thin[n] / plain[1])

@@ -62,6 +62,9 @@ def test_decoding_with_thin_products_leaves_the_model_as_it_was(monkeypatch):
     monkeypatch.setattr(speculative, "thin_linear", lambda m, x: products.append(m) or thin(m, x))
     output = speculative.speculative_generate(target, draft, ids, max_new_tokens=24, gamma=3)
     assert head in products and "forward" not in vars(head)
+    with speculative.inference(target), speculative.inference(target):
+        target(ids)
+    assert "forward" not in vars(head)
     monkeypatch.setattr(speculative, "has_thin_products", lambda module: False)
     plain = speculative.speculative_generate(target, draft, ids, max_new_tokens=24, gamma=3)
     assert torch.equal(output.sequences, plain.sequences) and output.stats == plain.stats
