@@ -185,21 +185,27 @@ def bootstrap_interval(
     low = high.
     """
     pairs = torch.tensor([list(numerators), list(denominators)], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(pairs.shape[1], (samples, pairs.shape[1]), generator=generator)
-    numerator, denominator = pairs[:, index].sum(-1)
-    quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = (numerator / denominator).nanquantile(quantiles)
-    return low.item(), high.item()
+    numerator, denominator = pairs[:, resamples(pairs.shape[1], samples, seed)].sum(-1)
+    return percentiles(numerator / denominator, level)
 
 
 def median_interval(values: Sequence[float], level=0.95, samples=1000, seed=0):
     """(low, high) of the median by percentile bootstrap over prompts, one value each."""
     values = torch.tensor(values, dtype=torch.float64)
+    medians = values[resamples(len(values), samples, seed)].quantile(0.5, dim=1)
+    return percentiles(medians, level)
+
+
+def resamples(count: int, samples: int, seed: int) -> Tensor:
+    """The bootstrap's draws from `count` values, [samples, count] numbers of theirs."""
     generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(len(values), (samples, len(values)), generator=generator)
+    return torch.randint(count, (samples, count), generator=generator)
+
+
+def percentiles(values: Tensor, level: float) -> tuple[float, float]:
+    """The middle `level` of the values of resamples; those that are NaN do not count."""
     quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = values[index].quantile(0.5, dim=1).quantile(quantiles)
+    low, high = values.nanquantile(quantiles)
     return low.item(), high.item()
 
 

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from arithmetic import arithmetic_rows
 from cells import prepare_cell
 from settings import METHODS, PAIRS, Method, Pair, Settings
 from storage import Model, is_whole
+from tests.launch import run_on_two_ranks
 
 CPU = torch.device("cpu")
 ROOT = Path(run_all.__file__).parent
@@ -570,11 +569,8 @@ def test_two_ranks_end_in_the_same_models(tmp_path, tokenizer, make_model):
     flags += ["--target", str(target), "--draft", str(draft), "--out"]
     single, double = tmp_path / "single", tmp_path / "double"
     run_all.main([*flags, str(single)])
-    launcher = "torch.distributed.run --standalone --nproc_per_node 2".split()
-    command = [sys.executable, "-m", *launcher, str(ROOT / "run_all.py"), *flags, str(double)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("\nAcceptance:\n") == 1, "only rank 0 may print"
+    printed = run_on_two_ranks("run_all.py", *flags, double)
+    assert printed.count("\nAcceptance:\n") == 1, "only rank 0 may print"
     paths = list(single.rglob("model.safetensors"))
     assert len(paths) == 3
     for path in paths:

@@ -2,11 +2,8 @@
 
 import copy
 import json
-import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from history import History, Validation
 from settings import Method
 from teacher import BATCHES_A_BLOCK, Frozen, ReferenceLoss, TokenCache
 from tests.damage import DAMAGES
+from tests.launch import run_on_two_ranks
 from train import adaspec_step, distillation_step
 
 CPU = torch.device("cpu")
@@ -289,16 +287,7 @@ def test_two_ranks(make_model, examples, tmp_path):
     }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-    launcher = "torch.distributed.run --standalone --nproc_per_node 2".split()
-    worker = str(ROOT / "tests" / "two_ranks.py")
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, worker, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks("tests/two_ranks.py", tmp_path)
     results = {path.stem: load_file(path) for path in tmp_path.glob("*.safetensors")}
 
     target = Frozen(models["target"], 400)

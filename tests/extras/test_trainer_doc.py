@@ -1,8 +1,5 @@
 """docs/trainer.md: its Trainer's step is that of our own loop."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from adaspec import adaspec_loss
 from data import collate, write_examples
 from tests.extras.trainer_ranks import ROWS, VOCABULARY, as_row, check_equal, make_trainer
+from tests.launch import run_on_two_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,13 +54,4 @@ def test_a_step_of_two_ranks_is_that_of_our_loop(make_model, examples, tmp_path)
     write_examples(tmp_path / "examples", examples)
     for seed, name in enumerate(("target", "reference", "draft")):
         make_model(seed=seed).save_pretrained(tmp_path / name)
-    launcher = "torch.distributed.run --standalone --nproc_per_node 2".split()
-    worker = str(ROOT / "tests" / "extras" / "trainer_ranks.py")
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, worker, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks("tests/extras/trainer_ranks.py", tmp_path)

@@ -1,0 +1,18 @@
+"""Starting a script on two ranks, as torchrun does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_on_two_ranks(script: str, *arguments) -> str:
+    """What a script of the project prints; it must end well."""
+    launcher = "torch.distributed.run --standalone --nproc_per_node 2".split()
+    command = [sys.executable, "-m", *launcher, str(ROOT / script), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
