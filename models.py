@@ -31,7 +31,6 @@ from hub import check_hub
 from own_rows import turn_end
 from ranks import from_rank_0, rank
 from short_head import shorten_head
-from speculative import end_token_list
 from storage import checksum, read_json, write_json
 
 MAX_LAYERS = 1000  # more would take minutes to build, even without weights
@@ -282,8 +281,11 @@ def load_pair(target: str, draft: str, dtype=torch.float32, device="cpu"):
 def end_tokens(model, tokenizer, is_chat: bool = False) -> list[int]:
     """The tokens that end a text: those of the model's generation config, else the tokenizer's,
     and the one that ends a turn of a chat; [] where none is."""
-    ends = end_token_list(model.generation_config.eos_token_id)
-    ends = ends or end_token_list(tokenizer.eos_token_id)
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if not isinstance(ends, list):
+        ends = [] if ends is None else [ends]
     last = [turn_end(tokenizer)] if is_chat else []
     return list(dict.fromkeys([*ends, *last]))
 
