@@ -109,7 +109,7 @@ class Method:
     k: float = flag(0.4, decimal(0, 1, above=True), "AdaSPEC's fraction of tokens selected")
     k_end: float | None = None  # the fraction goes from k to this, on a straight line
     gap: str = "fkl"  # the loss whose gap to the reference selects
-    select: str = "top"  # or bottom, random: as many other tokens
+    select: str = "top"  # or another of train.SELECTIONS: as many other tokens
     # What AdaSPEC has in common with a DistillSpec draft of the same epochs. steps: batch and
     # steps, and so passes over the data. epochs: passes, in batches 1/k as large, so that a step
     # bears the loss of as many tokens. tokens: loss-bearing tokens in all, in those larger batches

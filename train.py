@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from signal import SIGTERM
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,17 +63,48 @@ def adaspec_step(student, batch: Batch, target, reference, method):
     hidden = student.hidden(batch)  # [N, d], response positions only
     draft_losses = student.head.token_losses(hidden, *token_loss(method.gap, target, batch))
     gap = draft_losses - reference.losses(batch)
-    all_gaps, own = gather_gaps(SELECTIONS[method.select](gap))
-    selected = select_tokens(all_gaps, fraction_kept(method, batch.progress))[own]
+
+    def measure(value):
+        signal, _ = token_loss("fkl", target, batch)
+        return student.head.token_losses(hidden, signal, value)
+
+    candidates = Candidates(gap, draft_losses, measure)
+    all_scores, own = gather_gaps(SELECTIONS[method.select](candidates))
+    selected = select_tokens(all_scores, fraction_kept(method, batch.progress))[own]
     rows = selected.nonzero().squeeze(-1)
     loss = student.head.loss(hidden, *token_loss(method.divergence, target, batch), rows)
     return loss + 0 * gap.sum(), len(rows)  # 0 * NaN: a NaN gap is a NaN loss
 
 
-SELECTIONS = {  # what is ranked in the gap's place; all but "top" are controls
-    "top": lambda gap: gap,
-    "bottom": lambda gap: -gap,
-    "random": lambda gap: gap * 0 + torch.rand_like(gap),  # gap * 0 keeps a NaN a NaN
+class Candidates(NamedTuple):
+    """A batch's response tokens, of which some are selected."""
+
+    gap: Tensor  # [N]
+    draft_losses: Tensor  # [N]
+    measure: Callable  # measure(f) -> [N], with f(target_logits, draft_logits)
+
+
+def target_entropy(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
+    """The entropy of p, [n], in nats."""
+    log_p = target_logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def disagreement(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
+    """1 where p and q have another argmax, else 0; ties among equals are broken at random."""
+    differs = target_logits.argmax(-1) != draft_logits.argmax(-1)
+    return differs + torch.rand(len(differs), device=differs.device)
+
+
+SELECTIONS = {  # what is ranked, the largest selected; all but "top" are controls
+    "top": lambda tokens: tokens.gap,
+    "bottom": lambda tokens: -tokens.gap,
+    "random": lambda tokens: torch.rand_like(tokens.gap),
+    "loss": lambda tokens: tokens.draft_losses,  # no reference
+    "flat": lambda tokens: tokens.measure(target_entropy),
+    "peaked": lambda tokens: -tokens.measure(target_entropy),
+    "disagree": lambda tokens: tokens.measure(disagreement),
+    "agree": lambda tokens: -tokens.measure(disagreement),
 }
 
 

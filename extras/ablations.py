@@ -15,6 +15,7 @@ import interrupt  # noqa: F401 -- first: it makes Ctrl-C during the other import
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import storage
@@ -34,10 +35,10 @@ from extras.analysis import FinishedCell, cell_correlations
 from models import load_model
 from ranks import from_rank_0, leave, progress, rank, say
 from run_all import checked_cells, evaluate_drafts, evaluation_path, print_tables, run_cell
-from settings import METHODS, SOURCES, Method, Settings, parse_settings
+from settings import METHODS, PAIRS, SOURCES, TINY_DRAFT, Method, Settings, parse_settings
 from stages import Plan, fit, training_cost
 from storage import Model
-from train import SELECTIONS, adaspec_step, distillation_step, fine_tuning_step
+from train import DECAYS, SELECTIONS, adaspec_step, distillation_step, fine_tuning_step
 
 # The comparisons
 
@@ -61,7 +62,11 @@ PAPER_DIVERGENCES = ("fkl", "rkl", "tvd", "jsd")
 LONG = Method("distillspec", epochs=6)  # the epochs of AdaSPEC's draft and reference together
 LINEAR = replace(LONG, decay="linear")
 COMPARISONS: dict[str, list[Method]] = {
-    "selection": [Method("adaspec", select=select) for select in SELECTIONS],
+    "selection": [Method("adaspec", select=select) for select in ("top", "bottom", "random")],
+    "controls": [
+        Method("distillspec"),
+        *[Method("adaspec", select=select) for select in SELECTIONS],
+    ],
     "k": [Method("adaspec", k=tenths / 10) for tenths in range(1, 11)],
     "divergence": [
         *[Method("distillspec", divergence=loss) for loss in PAPER_DIVERGENCES],
@@ -76,6 +81,23 @@ COMPARISONS: dict[str, list[Method]] = {
     ],
     "reference": [Method("adaspec", reference_epochs=epochs) for epochs in range(1, 6)],
     "epochs": [Method(name, epochs=epochs) for name in BOTH for epochs in (1, 2, 3, 6, 12)],
+    # each length doubles the one before: at equal passes in all, that is with its reference's,
+    # AdaSPEC stands beside the DistillSpec of the next line
+    "passes": [
+        method
+        for epochs in (3, 6, 12, 24, 48)
+        for method in (
+            Method("distillspec", epochs=epochs),
+            Method("adaspec", epochs=epochs, reference_epochs=epochs),
+        )
+    ]
+    + [Method("distillspec", epochs=96)],
+    "rates": [
+        Method(name, lr=lr, decay=decay)
+        for lr in (1e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
+        for decay in DECAYS
+        for name in BOTH
+    ],
     "match": [
         Method("distillspec"),
         *[Method("adaspec", match=match) for match in ("steps", "epochs", "tokens")],
@@ -128,6 +150,12 @@ COMPARISONS: dict[str, list[Method]] = {
 }
 
 
+# The tiny target with drafts of other sizes, by their width
+CAPACITIES = {
+    f"tiny-{width}": replace(PAIRS["tiny"], draft=TINY_DRAFT | {"hidden_size": width})
+    for width in (16, 32, 64, 128)
+}
+
 # Flags
 
 
@@ -165,6 +193,12 @@ class StudySettings(Settings):
 class AblationSettings(StudySettings):
     comparison: str = ""
     methods: tuple = ()  # the comparison says which
+    pairs: tuple[str, ...] = flag(
+        ("tiny",),
+        some_of([*PAIRS, *CAPACITIES, "custom"]),
+        f"comma-separated, of {', '.join([*PAIRS, *CAPACITIES])}, custom",
+        "grid",
+    )
     tasks: tuple[str, ...] = flag(
         Settings.tasks, task_names, f"comma-separated, of {', '.join(TASKS)}, or a+b", "grid"
     )
@@ -352,7 +386,8 @@ def main(argv=None) -> None:
         for cell in checked_cells(settings, methods, prepare_mixed):
             rows += run_mixed(cell, methods)
     else:
-        for cell in checked_cells(settings, methods):
+        prepare = partial(prepare_cell, pairs=PAIRS | CAPACITIES)
+        for cell in checked_cells(settings, methods, prepare):
             rows += run_cell(cell, methods, evaluate_variants)
     print_tables(rows, settings.out)
     leave()

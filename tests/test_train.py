@@ -20,7 +20,7 @@ from settings import Method
 from storage import Checkpoints
 from teacher import Frozen, ReferenceLoss
 from tests.damage import drop_checksum, flip, truncate
-from train import Student, adaspec_step, distillation_step, fine_tuning_step
+from train import Student, adaspec_step, disagreement, distillation_step, fine_tuning_step
 
 CPU = torch.device("cpu")
 
@@ -168,6 +168,25 @@ def test_selection_takes_top_bottom_or_any(one_batch):
     draws = [step_loss(one_batch, gap="tvd", k=0.25, select="random") for _ in range(2)]
     assert draws[0] != draws[1] and {tokens for _, tokens in draws} == {count}
     assert bottom[0] < min(loss for loss, _ in draws) and max(loss for loss, _ in draws) < top
+
+
+def test_controls_rank_by_loss_and_by_entropy(one_batch):
+    _, batch, target, losses = one_batch
+    log_p = target.head(target.hidden(batch)).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    for select, score in {"loss": losses["tvd"], "flat": entropy, "peaked": -entropy}.items():
+        loss, count = step_loss(one_batch, gap="tvd", k=0.25, select=select)
+        chosen = score.argsort(descending=True)[:count]
+        assert loss == pytest.approx(losses["fkl"][chosen].sum().item(), rel=1e-5), select
+
+
+def test_disagreement_comes_first_and_then_chance():
+    logits = torch.eye(8)
+    others = logits.roll(1, 0)
+    others[:3] = logits[:3]
+    ranks = torch.stack([disagreement(logits, others) for _ in range(2)])
+    assert (ranks[:, :3] < 1).all() and (ranks[:, 3:] >= 1).all()
+    assert (ranks[0] != ranks[1]).all()
 
 
 def test_cross_entropy_as_gap_and_loss(one_batch):

@@ -50,7 +50,8 @@ def test_all_comparisons_are_there_and_their_drafts_differ():
     counts = {name: len(methods) for name, methods in COMPARISONS.items()}
     assert counts == {
         "selection": 3, "k": 10, "divergence": 8, "fine-tuning": 5, "reference": 5, "epochs": 10,
-        "match": 4, "adaptive": 5, "data": 10, "best": 23, "mixed": 6, "grid": 7,
+        "match": 4, "adaptive": 5, "data": 10, "best": 23, "mixed": 6, "grid": 7, "controls": 9,
+        "passes": 11, "rates": 24,
     }  # fmt: skip
     for name, methods in COMPARISONS.items():
         assert len({method.label for method in methods}) == len(methods), name
@@ -66,6 +67,7 @@ def test_labels_are_those_of_recorded_results():
         "DistillSpec epochs=6", "best", "best epochs=9",
     ]  # fmt: skip
     assert labels["match"] == labels["grid"][:4]
+    assert labels["passes"][2:4] == ["DistillSpec epochs=6", "AdaSPEC epochs=6 reference_epochs=6"]
     assert {
         "AdaSPEC lr=0.004",
         "AdaSPEC batch=4 decay=linear",
