@@ -98,6 +98,25 @@ COMPARISONS: dict[str, list[Method]] = {
         for decay in DECAYS
         for name in BOTH
     ],
+    "losses": [
+        Method("distillspec", divergence=divergence, lr=lr)
+        for lr in (1e-5, 1e-4, 3e-4, 2e-3)
+        for divergence in ("fkl", "tvd", "lk", "lk_hybrid")
+    ],
+    "paper-mbpp": [  # the paper's cell of 6 epochs beside a reference of 30, and what it lacks
+        *[Method("distillspec", epochs=epochs) for epochs in (6, 30, 36)],
+        Method("adaspec", epochs=6, reference_epochs=30),
+    ],
+    "seconds": [  # ways to make best as quick as AdaSPEC
+        Method("adaspec"),
+        LONG,
+        METHODS["best"],
+        *[replace(METHODS["best"], epochs=epochs) for epochs in (4, 5)],
+        *[
+            replace(METHODS["best"], batch=batch, lr=lr)
+            for batch, lr in ((8, None), (8, 3e-3), (16, None), (16, 4e-3))
+        ],
+    ],
     "match": [
         Method("distillspec"),
         *[Method("adaspec", match=match) for match in ("steps", "epochs", "tokens")],

@@ -1,0 +1,107 @@
+"""The map of a study of passes (the comparison "passes" of extras.ablations): what AdaSPEC's
+selection gains over DistillSpec as training goes on, for drafts of several sizes.
+
+    python -m extras.selection_map results/passes-tiny.json results/figures/selection-map.png
+
+AdaSPEC with a draft of n passes, and a reference of n besides, is compared with DistillSpec twice:
+at equal passes of the draft (n), and at equal passes in all (2 n).
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from extras.figures import COLOURS, MARKERS, distinct, draw_points, new_figure, save_figure
+from extras.report import gains, load_run, rows_by_draft
+from tables import interval, mean_interval
+
+COMPARED = {"equal passes of the draft": 1, "equal passes in all": 2}
+
+
+class Point(NamedTuple):
+    """AdaSPEC's gain over DistillSpec in alpha, one value a seed."""
+
+    pair: str
+    temperature: float
+    passes: int  # of AdaSPEC's draft
+    compared: str  # of COMPARED
+    gains: list[float]
+
+
+def selection_map(rows: list[dict]) -> list[Point]:
+    """All gains that the rows of a study give, in order."""
+    groups = rows_by_draft(rows)
+    points = []
+    for (pair, draft), by_temperature in groups.items():
+        match = re.fullmatch(r"AdaSPEC epochs=(\d+) reference_epochs=\1", draft)
+        if not match:
+            continue
+        passes = int(match[1])
+        for compared, times in COMPARED.items():
+            baseline = groups.get((pair, f"DistillSpec epochs={times * passes}"))
+            for temperature, own_rows in by_temperature.items():
+                if baseline:
+                    values = gains(own_rows, baseline[temperature])
+                    points.append(Point(pair, temperature, passes, compared, values))
+    return sorted(points, key=lambda point: (width(point.pair), *point))
+
+
+def width(pair: str) -> int:
+    """The draft's, of a pair named ...tiny-16, or ...tiny-16-<fingerprint>."""
+    return int(re.search(r"tiny-(\d+)", pair)[1])
+
+
+def map_table(rows: list[dict]) -> list[str]:
+    """The map as lines of Markdown: a line a size and comparison, a column a number of passes."""
+    points = selection_map(rows)
+    passes = sorted({point.passes for point in points})
+    lines = ["| draft | T | at | " + " | ".join(f"{n} passes" for n in passes) + " |"]
+    lines.append("| --- " * (3 + len(passes)) + "|")
+    cells = {}
+    for point in points:
+        key = (width(point.pair), point.temperature, point.compared)
+        cells.setdefault(key, {})[point.passes] = interval(point.gains)
+    for (draft, temperature, compared), by_passes in cells.items():
+        values = [by_passes.get(n, "") for n in passes]
+        start = f"| {draft} wide | {temperature:g} | {compared} | "
+        lines.append(start + " | ".join(values) + " |")
+    return lines
+
+
+def draw_map(rows: list[dict], path: Path) -> None:
+    """A panel a temperature and comparison, a line a size of the draft, and the zero line."""
+    points = selection_map(rows)
+    temperatures = distinct(rows, "temperature")
+    figure = new_figure(figsize=(9, 7))
+    panels = figure.subplots(len(temperatures), len(COMPARED), sharex=True, sharey=True)
+    widths = sorted({width(point.pair) for point in points})
+    for temperature, row in zip(temperatures, panels, strict=True):
+        for compared, panel in zip(COMPARED, row, strict=True):
+            panel.set(title=f"T = {temperature:g}, {compared}", xscale="log")
+            panel.axhline(0, color="#555555", linewidth=1)
+            panel.spines[["top", "right"]].set_visible(False)
+            for i, draft in enumerate(widths):
+                line = []
+                for point in points:
+                    key = (width(point.pair), point.temperature, point.compared)
+                    if key == (draft, temperature, compared):
+                        line.append((point.passes, *mean_interval(point.gains)))
+                style = {"color": COLOURS[i], "marker": MARKERS[i], "label": f"draft {draft} wide"}
+                draw_points(panel, line, style, linestyle="-")
+            ticks = sorted({point.passes for point in points})
+            panel.set_xticks(ticks, ticks)
+            panel.minorticks_off()
+        row[0].set_ylabel("AdaSPEC's alpha - DistillSpec's")
+    for panel in panels[-1]:
+        panel.set_xlabel("passes of AdaSPEC's draft over the rows")
+    save_figure(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    source, figure = argv
+    draw_map(load_run(source)["rows"], Path(figure))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
