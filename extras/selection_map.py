@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from extras.figures import COLOURS, MARKERS, distinct, draw_points, new_figure, save_figure
-from extras.report import gains, load_run, rows_by_draft
+from extras.studies import gains, load_run, rows_by_draft
 from tables import interval, mean_interval
 
 COMPARED = {"equal passes of the draft": 1, "equal passes in all": 2}

@@ -8,7 +8,7 @@ import pytest
 
 import tables
 from cli import Parser, add_flags
-from extras import ablations, eagle, report
+from extras import ablations, eagle, report, studies
 from settings import Method, Settings, parse_settings
 
 CELL = {
@@ -135,15 +135,15 @@ def test_recorded_commands_of_today_can_be_run(tmp_path, monkeypatch):
     parser = Parser(prog="run_all.py")
     add_flags(parser, Settings)
     add_flags(parser, Method)
-    studies = {"extras.ablations": ablations, "extras.eagle": eagle}
+    commands = {"extras.ablations": ablations, "extras.eagle": eagle}
     parsed = []
     for path in (report.ROOT / "results").glob("*.json"):
-        for command in report.today(report.load_json(path)):
+        for command in studies.today(studies.load_json(path)):
             words = shlex.split(command)
             if words[1] == "run_all.py":
                 parsed.append(parse_settings(parser, words[2:]))
-            elif words[2] in studies:
-                parsed.append(studies[words[2]].parse_arguments(words[3:]))
+            elif words[2] in commands:
+                parsed.append(commands[words[2]].parse_arguments(words[3:]))
             else:
                 assert words[1] == "-m" and words[2].startswith("extras."), command
                 assert (report.ROOT / f"{words[2].replace('.', '/')}.py").is_file(), command
@@ -197,15 +197,15 @@ def test_the_tables_of_a_run_once_more(finished_run, tmp_path, capsys):
     assert [line.split()[1] for line in text.splitlines() if line.startswith("0  ")][-3:] == [
         "base", "DistillSpec", "AdaSPEC",
     ]  # fmt: skip
-    studies = 0
+    shown = 0
     for path in (report.ROOT / "results").glob("*.json"):
-        if "rows" in report.load_json(path):
+        if "rows" in studies.load_json(path):
             report.main(["show", str(path)])
             text = capsys.readouterr().out
             assert "Acceptance by draft position" in text
             assert max(map(len, text.splitlines())) <= 100
-            studies += 1
-    assert studies >= 6
+            shown += 1
+    assert shown >= 6
     (tmp_path / "results.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match="has no rows yet"):
         report.main(["show", str(tmp_path)])
@@ -291,17 +291,17 @@ def test_methods_are_counted_once_and_what_is_left_out_is_said():
         "python run_all.py --methods AdaSPEC,best",
         "python -m extras.eagle --pairs tiny-eagle",
     ]
-    assert report.count_methods(commands[:1]) == 0
-    assert report.count_methods(commands) == 3
+    assert studies.count_methods(commands[:1]) == 0
+    assert studies.count_methods(commands) == 3
     k = "python -m extras.ablations k --tasks mbpp"
-    assert report.count_methods([k]) == report.count_methods([k, k]) == 10
+    assert studies.count_methods([k]) == studies.count_methods([k, k]) == 10
     study = make_study(
         make_rows(), commands=["python run_all.py --methods distillspec,adaspec,best"]
     )
     with pytest.raises(ValueError, match="2 trained drafts, and its commands train 3"):
-        report.check_study(study)
+        studies.check_study(study)
     study["left_out"] = {"best": "which is ours"}
-    report.check_study(study)
+    studies.check_study(study)
 
 
 def test_private_folders_are_named(project):
@@ -311,7 +311,7 @@ def test_private_folders_are_named(project):
         report.main([], project)
     study = make_study(make_rows(), commands=["python run_all.py --data-dir=/home/me"])
     with pytest.raises(ValueError, match="made-up: its command names a folder of one machine"):
-        report.check_study(study)
+        studies.check_study(study)
 
 
 def test_bad_names_and_files(project):
