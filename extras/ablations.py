@@ -61,6 +61,14 @@ BOTH = ("distillspec", "adaspec")
 PAPER_DIVERGENCES = ("fkl", "rkl", "tvd", "jsd")
 LONG = Method("distillspec", epochs=6)  # the epochs of AdaSPEC's draft and reference together
 LINEAR = replace(LONG, decay="linear")
+LENGTHS = [
+    method
+    for epochs in (3, 6, 12, 24, 48)
+    for method in (
+        Method("distillspec", epochs=epochs),
+        Method("adaspec", epochs=epochs, reference_epochs=epochs),
+    )
+] + [Method("distillspec", epochs=96)]
 COMPARISONS: dict[str, list[Method]] = {
     "selection": [Method("adaspec", select=select) for select in ("top", "bottom", "random")],
     "controls": [
@@ -81,26 +89,19 @@ COMPARISONS: dict[str, list[Method]] = {
     ],
     "reference": [Method("adaspec", reference_epochs=epochs) for epochs in range(1, 6)],
     "epochs": [Method(name, epochs=epochs) for name in BOTH for epochs in (1, 2, 3, 6, 12)],
-    # each length doubles the one before: at equal passes in all, that is with its reference's,
-    # AdaSPEC stands beside the DistillSpec of the next line
-    "passes": [
-        method
-        for epochs in (3, 6, 12, 24, 48)
-        for method in (
-            Method("distillspec", epochs=epochs),
-            Method("adaspec", epochs=epochs, reference_epochs=epochs),
-        )
-    ]
-    + [Method("distillspec", epochs=96)],
+    # each length is twice the one before: where the passes of AdaSPEC's reference count too, it
+    # stands beside the DistillSpec of the next line
+    "passes": LENGTHS[:-2],
+    "long-passes": LENGTHS[-3:],
     "rates": [
         Method(name, lr=lr, decay=decay)
-        for lr in (1e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
+        for lr in (3e-4, 2e-3, 8e-3)
         for decay in DECAYS
         for name in BOTH
     ],
     "losses": [
         Method("distillspec", divergence=divergence, lr=lr)
-        for lr in (1e-5, 1e-4, 3e-4, 2e-3)
+        for lr in (1e-5, 3e-4, 2e-3)
         for divergence in ("fkl", "tvd", "lk", "lk_hybrid")
     ],
     "paper-mbpp": [  # the paper's cell of 6 epochs beside a reference of 30, and what it lacks
