@@ -4,19 +4,33 @@ selection gains over DistillSpec as training goes on, for drafts of several size
     python -m extras.selection_map results/passes-tiny.json results/figures/selection-map.png
 
 AdaSPEC with a draft of n passes, and a reference of n besides, is compared with DistillSpec twice:
-at equal passes of the draft (n), and at equal passes in all (2 n).
+at equal passes of the draft (n), and at equal passes in all (2 n). docs/results.md opens with it.
 """
 
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from extras.figures import COLOURS, MARKERS, distinct, draw_points, new_figure, save_figure
 from extras.studies import gains, load_run, rows_by_draft
-from tables import interval, mean_interval
+from tables import grid, interval, mean_interval
 
 COMPARED = {"equal passes of the draft": 1, "equal passes in all": 2}
+
+
+CONTROLS = {  # labels of the comparison "controls", in words
+    "DistillSpec": "all tokens",
+    "AdaSPEC": "top 40% by the gap (AdaSPEC)",
+    "AdaSPEC select=bottom": "bottom 40% by the gap",
+    "AdaSPEC select=random": "random 40%",
+    "AdaSPEC select=loss": "top 40% by the draft's loss alone",
+    "AdaSPEC select=flat": "40% of the largest target entropy",
+    "AdaSPEC select=peaked": "40% of the smallest target entropy",
+    "AdaSPEC select=disagree": "40%, argmaxes that differ first",
+    "AdaSPEC select=agree": "40%, argmaxes that agree first",
+}
 
 
 class Point(NamedTuple):
@@ -44,7 +58,8 @@ def selection_map(rows: list[dict]) -> list[Point]:
                 if baseline:
                     values = gains(own_rows, baseline[temperature])
                     points.append(Point(pair, temperature, passes, compared, values))
-    return sorted(points, key=lambda point: (width(point.pair), *point))
+    order = list(COMPARED)
+    return sorted(points, key=lambda p: (width(p.pair), p.temperature, order.index(p.compared)))
 
 
 def width(pair: str) -> int:
@@ -56,17 +71,38 @@ def map_table(rows: list[dict]) -> list[str]:
     """The map as lines of Markdown: a line a size and comparison, a column a number of passes."""
     points = selection_map(rows)
     passes = sorted({point.passes for point in points})
-    lines = ["| draft | T | at | " + " | ".join(f"{n} passes" for n in passes) + " |"]
-    lines.append("| --- " * (3 + len(passes)) + "|")
     cells = {}
     for point in points:
         key = (width(point.pair), point.temperature, point.compared)
         cells.setdefault(key, {})[point.passes] = interval(point.gains)
+    lines = []
     for (draft, temperature, compared), by_passes in cells.items():
         values = [by_passes.get(n, "") for n in passes]
-        start = f"| {draft} wide | {temperature:g} | {compared} | "
-        lines.append(start + " | ".join(values) + " |")
-    return lines
+        lines.append(" | ".join([f"{draft} wide", f"{temperature:g}", compared, *values]))
+    return grid(" | ".join(["draft", "T", "at", *(f"{n} passes" for n in passes)]), lines)
+
+
+def controls_table(rows: list[dict]) -> list[str]:
+    """A line a size and control: alpha, and its gains over DistillSpec (all tokens) and over random
+    tokens, paired by seed."""
+    groups = rows_by_draft(rows)
+    temperatures = distinct(rows, "temperature")
+    headings = "draft | selected"
+    for temperature in temperatures:
+        headings += f" | alpha, T = {temperature:g} | over all tokens | over random"
+    lines = []
+    for pair, draft in sorted(groups, key=lambda key: width(key[0])):
+        if draft == "base":
+            continue
+        cells = [f"{width(pair)} wide", CONTROLS.get(draft, draft)]
+        for temperature in temperatures:
+            own = groups[pair, draft][temperature]
+            cells.append(f"{statistics.mean(row['alpha'] for row in own):.3f}")
+            for baseline in ("DistillSpec", "AdaSPEC select=random"):
+                gain = gains(own, groups[pair, baseline][temperature])
+                cells.append("" if draft == baseline else interval(gain))
+        lines.append(" | ".join(cells))
+    return grid(headings, lines)
 
 
 def draw_map(rows: list[dict], path: Path) -> None:
