@@ -268,11 +268,9 @@ def load_pair(target: str, draft: str, dtype=torch.float32, device="cpu"):
 def end_tokens(model, tokenizer, is_chat: bool = False) -> list[int]:
     """The tokens that end a text: those of the model's generation config, else the tokenizer's,
     and the one that ends a turn of a chat; [] where none is."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    if not isinstance(ends, list):
-        ends = [] if ends is None else [ends]
+    own = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if own is None else own
+    ends = [ends] if isinstance(ends, int) else ends or []
     last = [turn_end(tokenizer)] if is_chat else []
     return list(dict.fromkeys([*ends, *last]))
 
