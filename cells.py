@@ -38,7 +38,7 @@ from settings import PAIRS, Method, Pair, Recipe, Settings, recipe
 from short_head import frequent_tokens, shorten_head
 from speculative import Lane
 from stages import Plan, fit, on_policy, written_by_target
-from storage import Model, fingerprint, finished_stage, stage_folder, write_stage
+from storage import Model, fingerprint, finished_stage, save_stage, stage_folder
 from train import DTYPES, fine_tuning_step, fraction_kept
 
 SCRATCH_VOCABULARY = 512  # of a pair that is given by sizes
@@ -380,7 +380,7 @@ def first_layers(cell: Cell, target: Model) -> Model:
     draft = None
     if rank() == 0:
         draft = keep_layers(load_model(target.path, "auto"), range(cell.pair.draft))
-    return write_stage(folder, settings, {}, draft, cell.tokenizer)
+    return save_stage(folder, settings, {}, draft, cell.tokenizer)
 
 
 def with_short_head(cell: Cell, draft: Model, target: Model, methods: list[Method]) -> Model:
@@ -398,7 +398,7 @@ def with_short_head(cell: Cell, draft: Model, target: Model, methods: list[Metho
     if finished:
         return finished
     network = shorten_head(load_model(draft.path), token_ids) if rank() == 0 else None
-    return write_stage(folder, settings, {}, network, cell.tokenizer)
+    return save_stage(folder, settings, {}, network, cell.tokenizer)
 
 
 def pretrained(cell: Cell, name: str, sizes: dict, seed: int) -> Model:

@@ -118,17 +118,12 @@ def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 def told_apart(rows: list[dict]) -> list[dict]:
     """The rows; drafts of one cell and label that were trained by other settings, or for another
     target, are named by their folders as well."""
-    variants = defaultdict(set)  # (cell, label) -> folders of target and draft
-    for row in rows:
-        label = tuple(row[key] for key in ("pair", "task", "seed", "draft"))
-        variants[label].add((row.get("folder"), row.get("target")))
-    named = []
-    for row in rows:
-        label = tuple(row[key] for key in ("pair", "task", "seed", "draft"))
-        if len(variants[label]) > 1:
-            folders = f"{row.get('folder')} of {row.get('target')}"
-            row = row | {"draft": f"{row['draft']} ({folders})"}
-        named.append(row)
+    named = list(map(dict, rows))
+    for own in grouped(named, "pair", "task", "seed", "draft").values():
+        variants = [f"{row.get('folder')} of {row.get('target')}" for row in own]
+        if len(set(variants)) > 1:
+            for row, variant in zip(own, variants, strict=True):
+                row["draft"] += f" ({variant})"
     return named
 
 
