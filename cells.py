@@ -4,7 +4,9 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +38,7 @@ from settings import PAIRS, Method, Pair, Recipe, Settings, recipe
 from short_head import frequent_tokens, shorten_head
 from speculative import Lane
 from stages import Plan, fit, on_policy, written_by_target
-from storage import Model, fingerprint, finished_stage, stage_folder, write_stage
+from storage import Model, fingerprint, finished_stage, save_stage, stage_folder
 from train import DTYPES, fine_tuning_step, fraction_kept
 
 SCRATCH_VOCABULARY = 512  # of a pair that is given by sizes
@@ -135,10 +137,10 @@ def prepare_cell(
     check_stop()
     own_pair = Pair(settings.target, settings.draft or settings.draft_layers)
     pair = own_pair if pair_name == "custom" else pairs[pair_name]
-    source = {"data_dir": settings.data_dir, "dataset": settings.dataset}
-    rows = load_rows(task, "train", limit=settings.limit, **source)
-    test_rows = load_rows(task, settings.split, limit=settings.eval_prompts, **source)
-    form = "custom" if settings.chat else task
+    load = partial(load_rows, task, data_dir=settings.data_dir, dataset=settings.dataset)
+    rows = load("train", limit=settings.limit)
+    test_rows = load(settings.split, limit=settings.eval_prompts)
+    watched = validation_rows(load, settings.validation_rows)
     if isinstance(pair.target, dict):
         if settings.chat:
             raise ValueError(f"--chat: the pair {pair_name} is from scratch, without a template")
@@ -149,12 +151,16 @@ def prepare_cell(
     else:
         names, models = pretrained_models(pair, settings)
         tokenizer = shared_tokenizer(names[0], names[len(pair.models) - 1])
+    form = task
     if settings.chat:
-        rows, test_rows = (
-            as_chats(task, part, tokenizer, settings.max_length) for part in (rows, test_rows)
+        form = "custom"
+        parts = (rows, test_rows, watched)
+        rows, test_rows, watched = (
+            as_chats(task, part, tokenizer, settings.max_length) for part in parts
         )
     examples, dropped = encode_rows(form, rows, tokenizer, settings)
     test, test_dropped = encode_rows(form, test_rows, tokenizer, settings)
+    prompts = [TASKS[form].prompt(row) for row in test_rows]
     name = own_name(names, pair, settings) if pair_name == "custom" else pair_name
     return Cell(
         name=name,
@@ -169,8 +175,8 @@ def prepare_cell(
         ends=response_ends(models[0], form, [*rows, *test_rows], tokenizer),
         examples=examples,
         test=test,
-        sample=shortest_prompt(form, test_rows, tokenizer, settings),
-        validation=validation_examples(task, form, tokenizer, settings),
+        sample=min(filter(None, prompts), key=lambda prompt: len(str(prompt))),
+        validation=encode(form, watched, tokenizer, settings.max_length)[0],
         dropped=(dropped, test_dropped),
         model_names=names[: len(models)],
         models=models,
@@ -178,12 +184,14 @@ def prepare_cell(
     )
 
 
-def shortest_prompt(task: str, rows, tokenizer, settings: Settings) -> str | list[dict]:
-    """Of the rows that are not dropped."""
-    for row in sorted(rows, key=lambda row: len(str(TASKS[task].prompt(row)))):
-        if encode(task, [row], tokenizer, settings.max_length)[0]:
-            break
-    return TASKS[task].prompt(row)
+def validation_rows(load: Callable, count: int) -> list:
+    """The first validation rows; none, which is said, where there are none to read: that only costs
+    the watching."""
+    try:
+        return load("validation", limit=count) if count else []
+    except ValueError as error:
+        say(f"  alpha is not watched in training: {error}")
+        return []
 
 
 def pretrained_models(pair: Pair, settings: Settings) -> tuple[list[str], list[torch.nn.Module]]:
@@ -255,23 +263,6 @@ def encode_rows(task: str, rows, tokenizer, settings: Settings) -> tuple[list[Ex
 def has_text(task: str, row) -> bool:
     prompt, response = TASKS[task].prompt(row), TASKS[task].response(row)
     return bool(prompt) and (response is None or bool(response.strip()))
-
-
-def validation_examples(task: str, form: str, tokenizer, settings: Settings) -> list[Example]:
-    """The first validation rows; none, which is said, where there are none to read: that only costs
-    the watching."""
-    if not settings.validation_rows:
-        return []
-    try:
-        rows = load_rows(
-            task, "validation", settings.data_dir, settings.validation_rows, settings.dataset
-        )
-    except ValueError as error:
-        say(f"  alpha is not watched in training: {error}")
-        return []
-    if settings.chat:
-        rows = as_chats(task, rows, tokenizer, settings.max_length)
-    return encode(form, rows, tokenizer, settings.max_length)[0]
 
 
 def check_cell(cell: Cell, methods: list[Method]) -> None:
@@ -389,7 +380,7 @@ def first_layers(cell: Cell, target: Model) -> Model:
     draft = None
     if rank() == 0:
         draft = keep_layers(load_model(target.path, "auto"), range(cell.pair.draft))
-    return write_stage(folder, settings, {}, draft, cell.tokenizer)
+    return save_stage(folder, settings, {}, draft, cell.tokenizer)
 
 
 def with_short_head(cell: Cell, draft: Model, target: Model, methods: list[Method]) -> Model:
@@ -407,7 +398,7 @@ def with_short_head(cell: Cell, draft: Model, target: Model, methods: list[Metho
     if finished:
         return finished
     network = shorten_head(load_model(draft.path), token_ids) if rank() == 0 else None
-    return write_stage(folder, settings, {}, network, cell.tokenizer)
+    return save_stage(folder, settings, {}, network, cell.tokenizer)
 
 
 def pretrained(cell: Cell, name: str, sizes: dict, seed: int) -> Model:

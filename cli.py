@@ -141,9 +141,9 @@ def with_default(arguments: dict) -> dict:
     return arguments | {"help": f"{arguments['help']} (default: {default})"}
 
 
-def flag(default, type: Callable | None, help: str, group: str = "training", **more):
-    """A field that is also a flag of the command line."""
-    return field(default=default, metadata={"type": type, "help": help, "group": group, **more})
+def flag(default, type: Callable | None, help: str, group: str = "training"):
+    """A field that is also a flag of the command line; without a type it is False unless given."""
+    return field(default=default, metadata={"type": type, "help": help, "group": group})
 
 
 def add_flags(parser: Parser, settings_class) -> None:
@@ -161,6 +161,7 @@ def add_flags(parser: Parser, settings_class) -> None:
             default = ",".join(map(str, default))
         if arguments["type"] is None:
             del arguments["type"]
+            arguments["action"] = "store_true"
         name = f"--{setting.name.replace('_', '-')}"
         groups[title].add_argument(name, **with_default(arguments | {"default": default}))
 

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from adaspec import response_positions
 from arithmetic import arithmetic_rows
-from hub import check_hub
+from hub import check_hub, loading
 from own_rows import (
     OwnRow,
     RowTokens,
@@ -145,8 +144,10 @@ def load_rows(
             f"task {task!r} has no rows on the Hub: give --data-dir with {task}/train.jsonl in it, "
             "or --dataset"
         )
-    folder = Path(data_dir, task) if data_dir else None
-    missing = [name for name in ("validation", "test") if not _exists(spec, name, folder)]
+    folder, missing = None, spec.missing
+    if data_dir:
+        folder = Path(data_dir, task)
+        missing = [s for s in ("validation", "test") if not (folder / f"{s}.jsonl").is_file()]
     if split != "train" and split not in missing:
         return _read(spec, split, folder, limit)
 
@@ -170,22 +171,12 @@ def dataset_task(dataset: str) -> Task:
     hub = tuple(dataset.split(":"))
     if not Path(hub[0]).exists():
         check_hub(hub[0], "dataset", "README.md")
-    with loading_rows(f"the dataset {dataset}"):
+    with loading(f"the dataset {dataset}"):
         splits = datasets.get_dataset_split_names(*hub)
     if "train" not in splits:
         raise ValueError(f"dataset {dataset} has no split train (found {', '.join(splits)})")
     missing = tuple(name for name in ("validation", "test") if name not in splits)
     return replace(TASKS["custom"], hub=hub, missing=missing)
-
-
-@contextmanager
-def loading_rows(rows: str) -> Iterator[None]:
-    """Whatever `datasets` and the Hub raise becomes a ValueError of one line."""
-    try:
-        yield
-    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"cannot load {rows}: {cause:.400}") from error
 
 
 def as_chats(task: str, rows: Sequence[dict], tokenizer, max_length: int) -> list[OwnRow]:
@@ -196,11 +187,8 @@ def as_chats(task: str, rows: Sequence[dict], tokenizer, max_length: int) -> lis
     for number, row in enumerate(rows, 1):
         prompt = spec.prompt(row)
         if spec.document:
-            excess = len(prompt_tokens(prompt.strip(), tokenizer, chat=True))
-            excess -= max_length - max_length // 4
-            if excess > 0:
-                cut = _cut(tokenizer, row[spec.document], excess)
-                prompt = spec.prompt(row | {spec.document: cut})
+            length = len(prompt_tokens(prompt.strip(), tokenizer, chat=True))
+            prompt = spec.prompt(_cut(spec, row, length, tokenizer, max_length))
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt.strip()}]
         source = getattr(row, "source", f"{task}, row {number}")
@@ -208,25 +196,19 @@ def as_chats(task: str, rows: Sequence[dict], tokenizer, max_length: int) -> lis
     return chats
 
 
-def _exists(spec: Task, split: str, folder: Path | None) -> bool:
-    if folder:
-        return (folder / f"{split}.jsonl").is_file()
-    return split not in spec.missing
-
-
 def _read(spec: Task, split: str, folder: Path | None, limit: int | None = None) -> list:
     if folder:
-        path = folder / f"{split}.jsonl"
-        if not path.is_file():
+        source = folder / f"{split}.jsonl"
+        if not source.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist; --data-dir must hold <task>/train.jsonl "
+                f"{source} does not exist; --data-dir must hold <task>/train.jsonl "
                 "(one JSON row a line)"
             )
-        source = str(path)
-        rows = list(itertools.islice(_json_lines(source, spec), limit))
+        lines = _json_lines(source)
     else:
         source = "/".join(spec.hub)
-        rows = _hub_rows(spec, split, source, limit)
+        lines = _hub_rows(spec, split, source)
+    rows = [_checked(row, spec, place) for row, place in itertools.islice(lines, limit)]
     if not rows:
         raise ValueError(f"{source} is empty; it must hold one JSON row a line")
     if not spec.columns:
@@ -234,38 +216,35 @@ def _read(spec: Task, split: str, folder: Path | None, limit: int | None = None)
     return rows
 
 
-def _hub_rows(spec: Task, split: str, source: str, limit: int | None) -> list:
-    with loading_rows(f"the {split} rows of {source}"):
+def _hub_rows(spec: Task, split: str, source: str) -> Iterator[tuple]:
+    """The rows of a split, one by one, each with what errors call it."""
+    with loading(f"the {split} rows of {source}"):
         table = datasets.load_dataset(*spec.hub, split=split, revision=spec.revision)
-    table = table.select(range(min(limit or len(table), len(table))))
-    return [
-        _checked(row, spec, f"{source}, {split} row {number}")
-        for number, row in enumerate(table, 1)
-    ]
+    for number, row in enumerate(table, 1):
+        yield row, f"{source}, {split} row {number}"
 
 
-def _json_lines(path: str, spec: Task) -> Iterator:
-    """The rows of a file, one by one; blank lines are passed over."""
+def _json_lines(path: str | Path) -> Iterator[tuple]:
+    """The same of a file; blank lines are passed over."""
     with open(path, "rb") as file:  # text would also end lines at a carriage return inside a row
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                yield json.loads(line.decode("utf-8-sig")), f"{path}, line {number}"
             except (ValueError, RecursionError) as error:
                 cause = getattr(error, "msg", error)
                 raise ValueError(f"{path}, line {number}: not JSON ({cause})") from error
-            yield _checked(row, spec, f"{path}, line {number}")
 
 
 def read_prompts(path: str | Path) -> list[str | list[dict]]:
     """The prompts of a file of rows of one's own, texts or chats. Raises ValueError, naming the
     line, for what is no such row, and for a file without rows; OSError for one that is not there.
     """
-    prompts = [row["prompt"] for row in _json_lines(str(path), TASKS["custom"])]
-    if not prompts:
+    rows = [_checked(row, TASKS["custom"], place) for row, place in _json_lines(path)]
+    if not rows:
         raise ValueError(f"{path}: no prompts")
-    return prompts
+    return [row["prompt"] for row in rows]
 
 
 def _checked(row, spec: Task, source: str) -> dict | OwnRow:
@@ -346,47 +325,40 @@ def encode(
     if not rows:
         return [], 0
     if task == "custom":
-        examples = [encode_own(row, tokenizer, max_length) for row in rows]
-        examples = [example for example in examples if example]
-        return examples, len(rows) - len(examples)
-    spec = TASKS[task]
+        tokens = [_own_tokens(row, tokenizer) for row in rows]
+    else:
+        tokens = _task_tokens(TASKS[task], rows, tokenizer, max_length)
     examples = []
-    responses = [spec.response(row) for row in rows]
-    responses_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
-    prompts_ids = _tokenise_prompts(tokenizer, [spec.prompt(row) for row in rows])
-    for row, prompt, text, response in zip(
-        rows, prompts_ids, responses, responses_ids, strict=True
-    ):
-        excess = len(prompt) - (max_length - max_length // 4)
-        if spec.document and excess > 0:
-            shorter = row | {spec.document: _cut(tokenizer, row[spec.document], excess)}
-            prompt = _tokenise_prompts(tokenizer, [spec.prompt(shorter)])[0]
-        if prompt and text.strip() and len(prompt) < max_length:
-            ids = [*prompt, *response, tokenizer.eos_token_id][:max_length]
-            examples.append(Example(np.array(ids, dtype=np.int32), len(prompt)))
+    for row, (prompt, response, turns) in zip(rows, tokens, strict=True):
+        text = TASKS[task].response(row)
+        is_empty = text is not None and not text.strip()
+        if 0 < len(prompt) < max_length and not is_empty:
+            ids = [*prompt, *response][:max_length]
+            examples.append(Example(np.array(ids, dtype=np.int32), len(prompt), turns))
     return examples, len(rows) - len(examples)
 
 
-def encode_own(row: dict, tokenizer, max_length: int) -> Example | None:
-    """A row of one's own; None where its prompt or response is empty or where the prompt leaves no
-    room for a response."""
-    if not isinstance(row, OwnRow):
-        row = OwnRow(row["prompt"], row["response"], "a row")
-    tokens = chat_tokens if isinstance(row["prompt"], list) else _text_tokens
-    prompt, response, turns = tokens(row, tokenizer)
-    empty = row["response"] is not None and not row["response"].strip()
-    if empty or not 0 < len(prompt) < max_length:
-        return None
-    ids = [*prompt, *response][:max_length]
-    return Example(np.array(ids, dtype=np.int32), len(prompt), turns)
-
-
-def _text_tokens(row: OwnRow, tokenizer) -> RowTokens:
+def _own_tokens(row: dict, tokenizer) -> RowTokens:
+    if isinstance(row["prompt"], list):
+        return chat_tokens(row, tokenizer)
     prompt = _tokenise_prompts(tokenizer, [row["prompt"]])[0]
     if row["response"] is None:
         return RowTokens(prompt, [])
     response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
     return RowTokens(prompt, [*response, tokenizer.eos_token_id])
+
+
+def _task_tokens(
+    spec: Task, rows: Sequence[dict], tokenizer, max_length: int
+) -> Iterator[RowTokens]:
+    """The tokens of all rows, whose texts are tokenised together: that is done in parallel."""
+    prompts = _tokenise_prompts(tokenizer, [spec.prompt(row) for row in rows])
+    responses = tokenizer([spec.response(row) for row in rows], add_special_tokens=False)
+    for row, prompt, response in zip(rows, prompts, responses["input_ids"], strict=True):
+        shorter = _cut(spec, row, len(prompt), tokenizer, max_length)
+        if shorter is not row:
+            prompt = _tokenise_prompts(tokenizer, [spec.prompt(shorter)])[0]
+        yield RowTokens(prompt, [*response, tokenizer.eos_token_id])
 
 
 def _tokenise_prompts(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -396,11 +368,16 @@ def _tokenise_prompts(tokenizer, texts: list[str]) -> list[list[int]]:
     return [ids[:-1] if ids[-1:] == end else ids for ids in tokenizer(texts)["input_ids"]]
 
 
-def _cut(tokenizer, text: str, excess: int) -> str:
-    """The text without its last `excess` tokens (all of it gone where it has no more)."""
+def _cut(spec: Task, row: dict, prompt_length: int, tokenizer, max_length: int) -> dict:
+    """The row with its document, if it has one, cut at its end, so that a prompt of so many tokens
+    leaves a quarter of `max_length` (all of it gone where that is not enough)."""
+    excess = prompt_length - (max_length - max_length // 4)
+    if not spec.document or excess <= 0:
+        return row
+    text = row[spec.document]
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets = encoding["offset_mapping"]
-    return text[: offsets[-excess][0]] if excess < len(offsets) else ""
+    return row | {spec.document: text[: offsets[-excess][0]] if excess < len(offsets) else ""}
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -64,25 +64,24 @@ def evaluate(
     bar = progress(turns, name, "batch")
     rows = []
     for temperature in settings.temperatures:
-        records = {label: {} for label in drafts}  # this rank's, by group of prompts
+        sampling = decoding | {"temperature": temperature}
+        records = {}  # this rank's: group of prompts -> label -> a Record a prompt
         for number, group in enumerate(groups):
             check_stop()
             bar.update()
             if number % world_size() != rank():
                 continue
             group_seed = seed * 1_000_003 + number
-            sampling = decoding | {"temperature": temperature}
-            new = decode_group(target, drafts, group, settings.gamma, sampling, group_seed)
-            for label, group_records in new.items():
-                records[label][number] = group_records
-        parts = gather_objects(records)
+            records[number] = decode_group(
+                target, drafts, group, settings.gamma, sampling, group_seed
+            )
+        for other in gather_objects(records):
+            records |= other
         speeds, costs = {}, {}
         if rank() == 0:
-            sampling = decoding | {"temperature": temperature}
             speeds, costs = timings(target, drafts, timed, settings.gamma, sampling, seed, bar)
         for label, draft in drafts.items():
-            by_group = {number: group for part in parts for number, group in part[label].items()}
-            all_records = [record for number in sorted(by_group) for record in by_group[number]]
+            all_records = [record for n in sorted(records) for record in records[n][label]]
             row = {"temperature": temperature, "draft": label}
             row |= acceptance_row(all_records)
             if not hasattr(draft, "lanes"):  # an EAGLE head's later drafts hang on its own guesses
@@ -176,7 +175,7 @@ def simulated_tau(records: list[Record], max_new_tokens: int) -> dict[str, float
 
 
 def bootstrap_interval(
-    numerators: Sequence, denominators: Sequence, level=0.95, samples=1000, seed=0
+    numerators: Sequence, denominators: Sequence, level=0.95
 ) -> tuple[float, float]:
     """(low, high) by percentile bootstrap over prompts, for a ratio of sums such as
     alpha = sum accepted / sum judged.
@@ -185,21 +184,20 @@ def bootstrap_interval(
     low = high.
     """
     pairs = torch.tensor([list(numerators), list(denominators)], dtype=torch.float64)
-    numerator, denominator = pairs[:, resamples(pairs.shape[1], samples, seed)].sum(-1)
+    numerator, denominator = pairs[:, resamples(pairs.shape[1])].sum(-1)
     return percentiles(numerator / denominator, level)
 
 
-def median_interval(values: Sequence[float], level=0.95, samples=1000, seed=0):
+def median_interval(values: Sequence[float], level=0.95) -> tuple[float, float]:
     """(low, high) of the median by percentile bootstrap over prompts, one value each."""
     values = torch.tensor(values, dtype=torch.float64)
-    medians = values[resamples(len(values), samples, seed)].quantile(0.5, dim=1)
+    medians = values[resamples(len(values))].quantile(0.5, dim=1)
     return percentiles(medians, level)
 
 
-def resamples(count: int, samples: int, seed: int) -> Tensor:
-    """The bootstrap's draws from `count` values, [samples, count] numbers of theirs."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(count, (samples, count), generator=generator)
+def resamples(count: int) -> Tensor:
+    """The bootstrap's draws from `count` values, [1000, count] numbers of theirs."""
+    return torch.randint(count, (1000, count), generator=torch.Generator().manual_seed(0))
 
 
 def percentiles(values: Tensor, level: float) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 from cli import printable
-from hub import check_hub
+from hub import check_hub, loading
 from own_rows import turn_end
 from ranks import from_rank_0, rank
 from short_head import shorten_head
@@ -79,19 +79,6 @@ def check_name(name: str) -> None:
 # Checking and loading
 
 
-@contextmanager
-def loading(kind: str, name) -> Iterator[None]:
-    """Whatever transformers and the Hub raise becomes a ValueError of one line."""
-    try:
-        yield
-    except Exception as error:
-        cause = " ".join(str(error).split()) or type(error).__name__
-        if "trust_remote_code" in cause:
-            cause = "it needs code of its own, which is never run"
-        message = f"cannot load {kind} from {name}: {cause:.300}"
-        raise ValueError(printable(message)) from error
-
-
 def check_model(name) -> torch.nn.Module:
     """A causal language model on the meta device, after all checks that need no weights in memory:
     of safetensors only the headers are read.
@@ -100,7 +87,7 @@ def check_model(name) -> torch.nn.Module:
     the model's own, weights that are missing, cut short, too few or outside of the folder.
     """
     check_name(name)
-    with loading("a causal language model", name):
+    with loading(f"a causal language model from {name}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         kinds = ", ".join(config.architectures or ["LMHeadModel"])
         if not re.search("ForCausalLM|LMHeadModel|ForConditionalGeneration", kinds):
@@ -115,7 +102,7 @@ def check_model(name) -> torch.nn.Module:
             shorten_head(model, torch.empty(size, dtype=torch.long, device="meta"))
         tensors = {}
         for file in weight_files(name):
-            with loading("weights", Path(file).name):
+            with loading(f"weights from {Path(file).name}"):
                 tensors |= load_state_dict(file, map_location="meta")
         if size:
             short_head_name(tensors, config)
@@ -151,7 +138,7 @@ def weight_files(name) -> list[str]:
 def load_model(name, dtype=torch.float32, device="cpu") -> torch.nn.Module:
     """A causal language model in evaluation mode. Raises ValueError, also for missing weights."""
     check_name(name)
-    with loading("a causal language model", name):
+    with loading(f"a causal language model from {name}"):
         short_head = short_head_tensors(name)
         # a short head is no head that transformers knows: it makes a random one, to be replaced
         with errors_only() if short_head else nullcontext():
@@ -192,7 +179,7 @@ def short_head_tensors(name) -> dict[str, Tensor]:
     """weight, token_ids and bias, if any, of a draft's short head (short_head.py); {} where its
     head is whole. Raises ValueError where config.json speaks of one and the files have none, or one
     of another size."""
-    with loading("a causal language model", name):
+    with loading(f"a causal language model from {name}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if not getattr(config, "draft_vocab_size", None):
             return {}
@@ -226,7 +213,7 @@ def short_head_name(tensors: dict[str, Tensor], config) -> str:
 def load_tokenizer(name):
     """The tokenizer of a folder or Hub id. Raises ValueError where there is none."""
     check_name(name)
-    with loading("a tokenizer", name):
+    with loading(f"a tokenizer from {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokens = set(tokenizer("Hello, world").input_ids)
         if not tokens - set(tokenizer.all_special_ids):  # transformers makes an empty one
@@ -281,11 +268,9 @@ def load_pair(target: str, draft: str, dtype=torch.float32, device="cpu"):
 def end_tokens(model, tokenizer, is_chat: bool = False) -> list[int]:
     """The tokens that end a text: those of the model's generation config, else the tokenizer's,
     and the one that ends a turn of a chat; [] where none is."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    if not isinstance(ends, list):
-        ends = [] if ends is None else [ends]
+    own = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if own is None else own
+    ends = [ends] if isinstance(ends, int) else ends or []
     last = [turn_end(tokenizer)] if is_chat else []
     return list(dict.fromkeys([*ends, *last]))
 
@@ -404,7 +389,7 @@ def model_identity(name: str, folder) -> str:
 def _identity(name: str, folder) -> str:
     check_name(name)
     if not Path(name).is_dir():
-        with loading("a configuration", name):
+        with loading(f"a configuration from {name}"):
             revision = Path(cached_file(name, "config.json")).parent.name  # snapshots/<revision>/
         return f"{name}@{revision}"
     remembered = read_json(Path(folder, "digests.json"))

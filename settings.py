@@ -134,13 +134,8 @@ class Method:
 
     def changed(self) -> dict:
         """The settings that are not those of the method's name alone."""
-        usual = METHODS[self.name]
-        names = [f.name for f in fields(self)]
-        return {
-            name: getattr(self, name)
-            for name in names
-            if getattr(self, name) != getattr(usual, name)
-        }
+        usual = vars(METHODS[self.name])
+        return {key: value for key, value in vars(self).items() if value != usual[key]}
 
     @property
     def label(self) -> str:
@@ -228,7 +223,6 @@ class Settings:
         None,
         "put text prompts through the target's chat template, as the user's turn",
         "rows",
-        action="store_true",
     )
     models_dir: str | None = flag(
         None, folder, "folder that holds the pretrained models by name; without it the Hub", "rows"
@@ -245,7 +239,6 @@ class Settings:
         "the target writes by speculative decoding with the draft at hand, a few responses at a "
         "time: for a draft that is good already",
         "rows",
-        action="store_true",
     )
     limit: int | None = flag(None, whole(), "train on the first rows only", "rows")
     max_length: int = flag(512, whole(2), "tokens of a training row", "rows")
@@ -298,11 +291,7 @@ class Settings:
         None, str, "write TensorBoard events here (pip install tensorboard)", "machine"
     )
     shard_target: bool = flag(
-        False,
-        None,
-        "spread the frozen target's layers over the ranks (FSDP)",
-        "machine",
-        action="store_true",
+        False, None, "spread the frozen target's layers over the ranks (FSDP)", "machine"
     )
 
 
@@ -322,15 +311,14 @@ def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Setti
         parser.error(error)
     methods = []
     for name in settings.methods:
-        method = METHODS[name]
-        if name == "best" and settings.batch:
-            method = replace(method, batch=settings.batch)
-        method = replace(method, data=arguments["data"])
+        flags = {"data": arguments["data"]}
         if name != "best":
-            method = replace(method, divergence=arguments["divergence"])
+            flags["divergence"] = arguments["divergence"]
+        elif settings.batch:
+            flags["batch"] = settings.batch
         if name == "adaspec":
-            method = replace(method, k=arguments["k"])
-        methods.append(method)
+            flags["k"] = arguments["k"]
+        methods.append(replace(METHODS[name], **flags))
     return settings, methods
 
 
@@ -346,11 +334,6 @@ def contradiction(settings: Settings) -> str | None:
         return "--dataset holds the rows of the task custom: add --tasks custom"
     if settings.log_dir and not find_spec("tensorboard"):
         return "--log-dir needs tensorboard: pip install tensorboard"
-    return contradiction_of_pair(settings)
-
-
-def contradiction_of_pair(settings: Settings) -> str | None:
-    """What is wrong with the flags of the pair custom."""
     drafts = [draft for draft in (settings.draft, settings.draft_layers) if draft]
     if not settings.target and (drafts or "custom" in settings.pairs):
         return "the pair custom needs --target, and --draft or --draft-layers"

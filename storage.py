@@ -59,11 +59,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     what was written of it is removed."""
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors have their own
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have theirs
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -204,19 +200,8 @@ def _is_finished(folder: Path, wanted: str) -> bool:
 def save_stage(
     folder: Path, settings: dict, summary: dict, model, tokenizer, history=None
 ) -> Model:
-    """Save a trained model and its history.History as the stage in `folder`, in place of what was
-    there; rank 0 does."""
-    stage = write_stage(folder, settings, summary, model, tokenizer, history)
-    remarks = history.remarks() if history else ""
-    loss = f"last loss {summary['loss']:.4f}{remarks}"
-    say(f"  {folder.name}: {summary['steps']} steps, {loss}, {summary['seconds']} s")
-    return stage
-
-
-def write_stage(
-    folder: Path, settings: dict, summary: dict, model, tokenizer, history=None
-) -> Model:
-    """`save_stage` without a word; the model is needed on rank 0 only."""
+    """Save a model, which is needed on rank 0 only, as the stage in `folder`, in place of what was
+    there. summary: of its training, {} where there was none; history: its history.History."""
     stage = Model(str(folder), fingerprint(settings))
     if rank() == 0:
         partial = folder.with_name(folder.name + ".partial")
@@ -237,6 +222,10 @@ def write_stage(
         remove_folder(folder)
         partial.rename(folder)  # only a whole folder ever carries the name
         remove_folder(checkpoint_folder(folder))
+    if summary:
+        remarks = history.remarks() if history else ""
+        loss = f"last loss {summary['loss']:.4f}{remarks}"
+        say(f"  {folder.name}: {summary['steps']} steps, {loss}, {summary['seconds']} s")
     return from_rank_0(stage)
 
 

@@ -5,7 +5,7 @@ draft position, what training took, means over seeds. Aligned for a terminal, or
 import statistics
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -30,8 +30,7 @@ LEGEND = (
 
 class Table(NamedTuple):
     title: str
-    columns: list[str]
-    lines: list[list[str]]  # a cell a column
+    lines: list[dict[str, str]]  # heading -> cell, the same headings in all
 
 
 # Forms
@@ -44,13 +43,15 @@ def grid(columns: str, lines) -> list[str]:
 
 
 def markdown(table: Table) -> list[str]:
-    return grid(" | ".join(table.columns), map(" | ".join, table.lines))
+    lines = [" | ".join(line.values()) for line in table.lines]
+    return grid(" | ".join(table.lines[0]), lines)
 
 
 def align(table: Table, width: int = WIDTH) -> list[str]:
     """The table for a terminal: numbers to the right, two spaces between columns. Where it is wider
     than `width`, the cells of its widest column of words go over several lines."""
-    columns = list(zip(table.columns, *table.lines, strict=True))
+    texts = [list(table.lines[0]), *(line.values() for line in table.lines)]
+    columns = list(zip(*texts, strict=True))
     widths = [max(map(len, cells)) for cells in columns]
     words = [i for i, cells in enumerate(columns) if not are_numbers(cells[1:])]
     excess = sum(widths) + 2 * (len(widths) - 1) - width
@@ -58,7 +59,7 @@ def align(table: Table, width: int = WIDTH) -> list[str]:
         widest = max(words, key=lambda i: widths[i])
         widths[widest] = max(8, widths[widest] - excess)
     lines = []
-    for line in (table.columns, *table.lines):
+    for line in texts:
         parts = [textwrap.wrap(cell, size) for cell, size in zip(line, widths, strict=True)]
         for row in zip_longest(*parts, fillvalue=""):
             cells = []
@@ -80,14 +81,12 @@ def terminal_text(rows: list[dict], machine: str = "this machine") -> str:
     seed) is in the heading alone. `machine`: the one that it ran on, in words."""
     parts = [fill(LEGEND)] if rows else []
     for own in comparable(rows):
-        shared = {key: row_keys(own[0])[key] for key in ("task", "pair", "seed")}
-        for row in own:
-            keys = row_keys(row)
-            shared = {key: value for key, value in shared.items() if keys[key] == value}
+        shared = [key for key in ("task", "pair", "seed") if len(grouped(own, key)) == 1]
         paragraphs = [heading(own[0], shared), *protocols(own)]
         parts.append("\n".join(map(fill, paragraphs)))
         for table in tables_of(own):
-            parts.append("\n".join([fill(table.title), *align(without(table, shared))]))
+            lines = align(Table(table.title, [without(line, shared) for line in table.lines]))
+            parts.append("\n".join([fill(table.title), *lines]))
         parts.append("\n".join(map(fill, verdicts(own, machine))))
     return "\n\n".join(parts)
 
@@ -96,7 +95,7 @@ def markdown_text(rows: list[dict], machine: str) -> str:
     """`terminal_text` as a page of Markdown."""
     parts = ["# Results", LEGEND]
     for own in comparable(rows):
-        parts += [f"## {heading(own[0], {'pair': own[0]['pair']})}", *protocols(own)]
+        parts += [f"## {heading(own[0], ['pair'])}", *protocols(own)]
         for table in tables_of(own):
             parts += [table.title, "\n".join(markdown(table))]
         parts.append("\n".join(f"- {verdict}" for verdict in verdicts(own, machine)))
@@ -105,26 +104,26 @@ def markdown_text(rows: list[dict], machine: str) -> str:
 
 def comparable(rows: list[dict]) -> list[list[dict]]:
     """The rows, apart by pair and by how they were decoded."""
+    return list(grouped(rows, "pair", "gamma", "max_new_tokens").values())
+
+
+def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    """The rows by their values of these keys."""
     groups = defaultdict(list)
     for row in rows:
-        groups[row["pair"], row["gamma"], row["max_new_tokens"]].append(row)
-    return list(groups.values())
+        groups[tuple(row[key] for key in keys)].append(row)
+    return groups
 
 
 def told_apart(rows: list[dict]) -> list[dict]:
     """The rows; drafts of one cell and label that were trained by other settings, or for another
     target, are named by their folders as well."""
-    variants = defaultdict(set)  # (cell, label) -> folders of target and draft
-    for row in rows:
-        label = tuple(row[key] for key in ("pair", "task", "seed", "draft"))
-        variants[label].add((row.get("folder"), row.get("target")))
-    named = []
-    for row in rows:
-        label = tuple(row[key] for key in ("pair", "task", "seed", "draft"))
-        if len(variants[label]) > 1:
-            folders = f"{row.get('folder')} of {row.get('target')}"
-            row = row | {"draft": f"{row['draft']} ({folders})"}
-        named.append(row)
+    named = list(map(dict, rows))
+    for own in grouped(named, "pair", "task", "seed", "draft").values():
+        variants = [f"{row.get('folder')} of {row.get('target')}" for row in own]
+        if len(set(variants)) > 1:
+            for row, variant in zip(own, variants, strict=True):
+                row["draft"] += f" ({variant})"
     return named
 
 
@@ -141,8 +140,8 @@ def table_order(row: dict) -> tuple:
     return names.index(method) if method in names else len(names), row.get("draft", "")
 
 
-def heading(row: dict, shared: dict) -> str:
-    names = [f"seed {value}" if key == "seed" else value for key, value in shared.items()]
+def heading(row: dict, shared: list[str]) -> str:
+    names = [f"seed {row[key]}" if key == "seed" else row[key] for key in shared]
     limits = "gamma {gamma}, at most {max_new_tokens} new tokens".format(**row)
     return ", ".join([*names, limits])
 
@@ -167,11 +166,8 @@ def tables_of(rows: list[dict]) -> list[Table]:
     return tables
 
 
-def without(table: Table, columns) -> Table:
-    """The table less these columns."""
-    places = [i for i, column in enumerate(table.columns) if column not in columns]
-    lines = [[line[i] for i in places] for line in table.lines]
-    return Table(table.title, [table.columns[i] for i in places], lines)
+def without(line: dict[str, str], headings: Sequence[str]) -> dict[str, str]:
+    return {heading: cell for heading, cell in line.items() if heading not in headings}
 
 
 def fill(text: str) -> str:
@@ -187,29 +183,22 @@ def row_keys(row: dict) -> dict[str, str]:
     return keys | {"T": f"{row['temperature']:g}", "draft": row["draft"]}
 
 
-def make_table(title: str, rows: list[dict], columns: dict[str, Callable]) -> Table:
-    """A line a row: its keys, then `columns`, heading -> the cell of a row."""
+def acceptance_table(rows: list[dict]) -> Table:
     lines = []
     for row in rows:
-        lines.append([*row_keys(row).values(), *(cell(row) for cell in columns.values())])
-    return Table(title, [*row_keys(rows[0]), *columns], lines)
-
-
-def acceptance_table(rows: list[dict]) -> Table:
-    columns = {
-        "alpha (95% interval)": (
-            "{alpha:.3f} ({alpha_interval[0]:.3f}-{alpha_interval[1]:.3f})".format_map
-        ),
-        "tau": "{tau:.2f}".format_map,
-        "expected": "{expected_acceptance:.3f}".format_map,
-        "agree": "{agreement:.3f}".format_map,
-        "speed-up": "{speedup:.2f}x".format_map,
-    }
-    title = "Acceptance:"
-    if any(paper_alpha(row) for row in rows):
-        columns["paper"] = paper_alpha
-        title = "Acceptance, beside the paper's alpha:"
-    return make_table(title, rows, columns)
+        low, high = row["alpha_interval"]
+        cells = {
+            "alpha (95% interval)": f"{row['alpha']:.3f} ({low:.3f}-{high:.3f})",
+            "tau": f"{row['tau']:.2f}",
+            "expected": f"{row['expected_acceptance']:.3f}",
+            "agree": f"{row['agreement']:.3f}",
+            "speed-up": f"{row['speedup']:.2f}x",
+            "paper": paper_alpha(row),
+        }
+        lines.append(row_keys(row) | cells)
+    if any(line["paper"] for line in lines):
+        return Table("Acceptance, beside the paper's alpha:", lines)
+    return Table("Acceptance:", [without(line, ["paper"]) for line in lines])
 
 
 def paper_alpha(row: dict) -> str:
@@ -224,67 +213,60 @@ def paper_alpha(row: dict) -> str:
 
 def speed_table(rows: list[dict]) -> Table:
     """Cells of what was not measured are empty: an EAGLE head takes no step alone."""
-
-    def best_gamma(row: dict) -> str:
-        speedups = predicted_speedups(row)
-        return str(recommend(speedups)) if speedups else ""
-
-    def predicted(row: dict) -> str:
-        speedups = predicted_speedups(row)
-        return f"{max(speedups.values()):.2f}x" if speedups else ""
-
-    def measured(row: dict) -> str:
-        text = f"{row['speedup']:.2f}x"
+    lines = []
+    for row in rows:
+        measured = f"{row['speedup']:.2f}x"
         if row.get("speedup_interval"):
             low, high = row["speedup_interval"]
-            text += f" ({low:.2f}-{high:.2f})"
-        return text
-
-    columns = {
-        "alpha": "{alpha:.3f}".format_map,
-        "speed-up": measured,
-        "c": lambda row: f"{row['cost_ratio']:.3f}" if row.get("cost_ratio") else "",
-        "best gamma": best_gamma,
-        "predicted": predicted,
-        "break-even": lambda row: break_even([row]),
-    }
-    return make_table("Speed-up, measured, and predicted at the best gamma:", rows, columns)
+            measured += f" ({low:.2f}-{high:.2f})"
+        predictions = predicted_speedups(row)
+        cells = {
+            "alpha": f"{row['alpha']:.3f}",
+            "speed-up": measured,
+            "c": f"{row['cost_ratio']:.3f}" if row.get("cost_ratio") else "",
+            "best gamma": str(recommend(predictions)) if predictions else "",
+            "predicted": f"{max(predictions.values()):.2f}x" if predictions else "",
+            "break-even": break_even([row]),
+        }
+        lines.append(row_keys(row) | cells)
+    return Table("Speed-up, measured, and predicted at the best gamma:", lines)
 
 
 def position_table(rows: list[dict]) -> Table:
     """Two lines a draft: acceptance by draft position, conditional and unconditional, of all its
     seeds together."""
-    groups = defaultdict(Stats)
-    for row in rows:
-        keys = row_keys(row) | {"seed": ""}
-        groups[tuple(keys.values())] += Stats(**row["counts"])
-    count = min(POSITIONS, max(len(stats.per_position[0]) for stats in groups.values()))
+    drafts = list(grouped(rows, "task", "pair", "temperature", "draft").values())
+    counts = [sum((Stats(**row["counts"]) for row in own), Stats()) for own in drafts]
+    positions = range(min(POSITIONS, max(len(stats.per_position[0]) for stats in counts)))
     lines = []
-    for keys, stats in groups.items():
+    for own, stats in zip(drafts, counts, strict=True):
         shares = acceptance_by_position(stats)
         for name, values in zip(("judged", "rounds"), shares.values(), strict=True):
-            cells = [f"{value:.2f}" for value in values[:count]]
-            cells += [""] * (count - len(cells))
-            lines.append([*keys, name, *cells])
+            cells = {str(i + 1): f"{values[i]:.2f}" if i < len(values) else "" for i in positions}
+            lines.append(without(row_keys(own[0]), ["seed"]) | {"of": name} | cells)
     title = "Acceptance by draft position, of those judged (conditional) and of all rounds:"
-    columns = [*row_keys(rows[0]), "of", *map(str, range(1, count + 1))]
-    return without(Table(title, columns, lines), ["seed"])
+    return Table(title, lines)
 
 
 def training_table(rows: list[dict]) -> Table:
-    columns = {
-        "epochs": "{epochs:.1f}".format_map,
-        "steps": "{steps}".format_map,
-        "loss tokens": "{loss_tokens}".format_map,
-        "forwards": "{target_forwards}".format_map,
-        "seconds": "{seconds:.0f}".format_map,
-    }
+    """A line a draft, whatever the temperature of its evaluation."""
+    lines = []
+    for row in rows:
+        cells = {
+            "epochs": f"{row['epochs']:.1f}",
+            "steps": f"{row['steps']}",
+            "loss tokens": f"{row['loss_tokens']}",
+            "forwards": f"{row['target_forwards']}",
+            "seconds": f"{row['seconds']:.0f}",
+        }
+        line = without(row_keys(row), ["T"]) | cells
+        if line not in lines:
+            lines.append(line)
     title = (
         "What training took, the reference's included (loss tokens: that bore a loss; forwards: "
         "rows that the target was run on, cached ones once):"
     )
-    table = without(make_table(title, rows, columns), ["T"])
-    return table._replace(lines=list(map(list, dict.fromkeys(map(tuple, table.lines)))))
+    return Table(title, lines)
 
 
 # Verdicts
@@ -293,9 +275,7 @@ def training_table(rows: list[dict]) -> Table:
 def verdicts(rows: list[dict], machine: str) -> list[str]:
     """A line a task and draft: does it pay, by how much, from which acceptance on? By the cost
     model, in the mean over seeds, with what was measured beside it."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["task"], row["draft"]].append(row)
+    groups = grouped(rows, "task", "draft")
     several = len({task for task, _ in groups}) > 1
     lines = []
     for (task, draft), own in groups.items():
@@ -306,12 +286,10 @@ def verdicts(rows: list[dict], machine: str) -> list[str]:
 
 def verdict(rows: list[dict], machine: str) -> str:
     """What `verdicts` says of a draft's rows, of any temperatures and seeds."""
-    by_temperature = defaultdict(list)
-    for row in rows:
-        by_temperature[f"T = {row['temperature']:g}"].append(row)
     run_gamma = rows[0]["gamma"]
     speedups, parts, checks = {}, [], []
-    for name, own in by_temperature.items():
+    for (temperature,), own in grouped(rows, "temperature").items():
+        name = f"T = {temperature:g}"
         measured = statistics.mean(row["speedup"] for row in own)
         predictions = mean_predictions(own) or {run_gamma: measured}
         gamma = recommend(predictions)
@@ -379,25 +357,25 @@ def interval(values: list[float], digits: int = 3) -> str:
 def over_seeds(rows: list[dict]) -> list[Table]:
     """Means over seeds of every draft's alpha and expected acceptance, and the gain over
     DistillSpec, seed by seed; [] for fewer than 2 seeds or more than 10."""
-    drafts = defaultdict(dict)  # (cell, draft) -> its row by seed
-    for row in rows:
-        cell = (row["task"], row["pair"], row["temperature"])
-        drafts[cell, row["draft"]][row["seed"]] = row
+    drafts = {}  # (cell, draft) -> its row by seed
+    for key, own in grouped(rows, "task", "pair", "temperature", "draft").items():
+        drafts[key] = {row["seed"]: row for row in own}
     if not all(2 <= len(by_seed) <= len(T_QUANTILE) + 1 for by_seed in drafts.values()):
         return []
-    count = len({row["seed"] for row in rows})
+    count = len(grouped(rows, "seed"))
     tables = []
     for name, key in (("alpha", "alpha"), ("expected acceptance", "expected_acceptance")):
         lines = []
-        for (cell, draft), by_seed in drafts.items():
-            uniform = drafts.get((cell, "DistillSpec"), {})
+        for (*cell, draft), by_seed in drafts.items():
+            uniform = drafts.get((*cell, "DistillSpec"), {})
             gains = [row[key] - uniform[s][key] for s, row in by_seed.items() if s in uniform]
-            mean = interval([row[key] for row in by_seed.values()]).replace("+", "")
-            gain = interval(gains) if len(gains) > 1 and draft != "DistillSpec" else ""
-            task, pair, temperature = cell
-            lines.append([task, pair, f"{temperature:g}", draft, mean, gain])
+            line = without(row_keys(next(iter(by_seed.values()))), ["seed"])
+            line["mean"] = interval([row[key] for row in by_seed.values()]).replace("+", "")
+            is_gain = len(gains) > 1 and draft != "DistillSpec"
+            line["over DistillSpec"] = interval(gains) if is_gain else ""
+            lines.append(line)
+        if not any(line["over DistillSpec"] for line in lines):
+            lines = [without(line, ["over DistillSpec"]) for line in lines]
         title = f"Means over {count} seeds, {name} (95% interval of the mean, Student's t):"
-        columns = ["task", "pair", "T", "draft", "mean", "over DistillSpec"]
-        gained = any(line[-1] for line in lines)
-        tables.append(without(Table(title, columns, lines), [] if gained else columns[-1:]))
+        tables.append(Table(title, lines))
     return tables
