@@ -103,7 +103,7 @@ class Example:
     pairs: tuple = flag(("a", "b"), some_of("abc"), "comma-separated", "grid")
     max_steps: int | None = flag(None, whole(), "cut short")
     rate: float = flag(0.5, decimal(0, 1), "of learning")
-    dry: bool = flag(False, None, "do nothing", "grid", action="store_true")
+    dry: bool = flag(False, None, "do nothing", "grid")
     hidden: int = 3  # no flag
 
 
