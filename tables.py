@@ -220,16 +220,22 @@ def speed_table(rows: list[dict]) -> Table:
             low, high = row["speedup_interval"]
             measured += f" ({low:.2f}-{high:.2f})"
         predictions = predicted_speedups(row)
+        rate = row.get("tokens_per_second")
         cells = {
-            "alpha": f"{row['alpha']:.3f}",
             "speed-up": measured,
+            "ms/token": f"{1000 / rate:.1f}" if rate else "",
             "c": f"{row['cost_ratio']:.3f}" if row.get("cost_ratio") else "",
-            "best gamma": str(recommend(predictions)) if predictions else "",
+            "gamma": str(recommend(predictions)) if predictions else "",
             "predicted": f"{max(predictions.values()):.2f}x" if predictions else "",
             "break-even": break_even([row]),
+            "train s": f"{row['seconds']:.0f}" if "seconds" in row else "",
         }
         lines.append(row_keys(row) | cells)
-    return Table("Speed-up, measured, and predicted at the best gamma:", lines)
+    title = (
+        "Speed-up, measured, and predicted at the gamma that is best; milliseconds a token took "
+        "with the draft; seconds that its training took:"
+    )
+    return Table(title, lines)
 
 
 def position_table(rows: list[dict]) -> Table:

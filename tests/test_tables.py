@@ -7,7 +7,8 @@ import tables
 ROW = {
     "task": "gsm8k", "pair": "tiny", "seed": 0, "temperature": 1.0, "draft": "AdaSPEC",
     "alpha": 0.61234, "alpha_interval": [0.5, 0.7], "tau": 2.345, "expected_acceptance": 0.6,
-    "agreement": 0.55, "speedup": 1.239, "regime": "3-epoch", "prompts": 6, "split": "test",
+    "agreement": 0.55, "speedup": 1.239, "tokens_per_second": 40.0,
+    "regime": "3-epoch", "prompts": 6, "split": "test",
     "timed_prompts": 1, "gamma": 5, "max_new_tokens": 12, "dtype": "float32", "ranks": 1,
     "device": "cpu", "torch": "2.0", "epochs": 2.0, "steps": 6, "loss_tokens": 3504,
     "target_forwards": 48, "seconds": 1.4, "cost_ratio": 0.25,
@@ -49,9 +50,9 @@ def test_the_tables_of_a_run():
     ]
     # 1.8 / 1.25, 2.4 / 1.6, 2.7 / 2
     assert list(speed.lines[0])[5:] == [
-        "alpha", "speed-up", "c", "best gamma", "predicted", "break-even",
+        "speed-up", "ms/token", "c", "gamma", "predicted", "break-even", "train s",
     ]  # fmt: skip
-    assert cells(speed)[1][5:10] == ["0.612", "1.24x", "0.250", "2", "1.50x"]
+    assert cells(speed)[1][5:10] == ["1.24x", "25.0", "0.250", "2", "1.50x"]
 
 
 def test_the_page_of_a_run():
