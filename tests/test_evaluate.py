@@ -188,7 +188,7 @@ def test_ranks_share_the_prompts_and_rank_0_measures_the_time(
     for number in (0, 1):
 
         def gather(records):
-            sizes.append(sum(len(group) for group in records["noisy"].values()))
+            sizes.append(sum(len(group["noisy"]) for group in records.values()))
             return [records]
 
         monkeypatch.setattr(module, "rank", lambda number=number: number)
