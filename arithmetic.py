@@ -1,6 +1,7 @@
 """The offline task: seeded two-step word problems with worked answers, in GSM8K's row format."""
 
 import random
+from functools import cache
 
 NAMES = (
     "Anna Ben Carla David Elena Felix Grace Hugo Irene Jonas Karim Lena Marta Nadia Omar Paula"
@@ -13,15 +14,21 @@ SIZES = {"train": 4000, "validation": 300, "test": 300}
 
 def arithmetic_rows(split: str) -> list[dict]:
     """The rows {"question", "answer"} of a split; no question is in two splits."""
+    splits = list(SIZES)
+    start = sum(SIZES[name] for name in splits[: splits.index(split)])
+    problems = word_problems()[start : start + SIZES[split]]
+    return [{"question": question, "answer": answer} for question, answer in problems]
+
+
+@cache
+def word_problems() -> list[tuple[str, str]]:
+    """Question and answer of all splits, one after the other; made once a process."""
     rng = random.Random(20251019)
     answers: dict[str, str] = {}
     while len(answers) < sum(SIZES.values()):
         question, answer = word_problem(rng)
         answers[question] = answer
-    rows = [{"question": question, "answer": answer} for question, answer in answers.items()]
-    splits = list(SIZES)
-    start = sum(SIZES[name] for name in splits[: splits.index(split)])
-    return rows[start : start + SIZES[split]]
+    return list(answers.items())
 
 
 def word_problem(rng: random.Random) -> tuple[str, str]:

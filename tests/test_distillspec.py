@@ -232,19 +232,20 @@ def test_each_row_writes_as_much_as_its_own_prompt_leaves_room_for(never_ending,
         assert torch.equal(prompt_ids(example), prompt_ids(row)), "the order of the rows"
 
 
-def test_neighbours_change_no_rows_limit(never_ending):
+def test_neighbours_change_no_rows_limit(make_model):
     """A row beside longer prompts has the limit that it has alone, and the context is respected."""
-    prompts = prompts_of(20, 250, 30)
-    limits = [236, 6, 12]  # 256 positions is the model's context
+    model = make_model("codegen", seed=3, n_positions=48, n_ctx=48)
+    prompts = prompts_of(20, 42, 30)
+    limits = [28, 6, 12]  # 48 positions is the model's context
     generator = torch.Generator().manual_seed(0)
-    together = write_responses(never_ending, prompts, limits, generator, [VOCABULARY], VOCABULARY)
+    together = write_responses(model, prompts, limits, generator, [VOCABULARY], VOCABULARY)
     alone = [
-        write_responses(never_ending, [prompt], [limit], generator, [VOCABULARY], VOCABULARY)[0]
+        write_responses(model, [prompt], [limit], generator, [VOCABULARY], VOCABULARY)[0]
         for prompt, limit in zip(prompts, limits, strict=True)
     ]
     assert [len(r) for r in together] == [len(r) for r in alone] == limits
-    with pytest.raises(ValueError, match="context of 256"):
-        write_responses(never_ending, prompts, [236, 7, 12], generator, [VOCABULARY], VOCABULARY)
+    with pytest.raises(ValueError, match="context of 48"):
+        write_responses(model, prompts, [28, 7, 12], generator, [VOCABULARY], VOCABULARY)
 
 
 def test_a_response_ends_with_the_end_token(make_model, writer):
@@ -284,6 +285,7 @@ def test_responses_hang_on_the_seed_and_are_drawn_at_temperature_1(make_model, w
 
 
 def test_the_draft_writes_its_share_of_the_rows(never_ending, writer):
+    writer.max_new_tokens = 8
     rows = rows_of(*range(5, 45))
     everything = OnPolicy(writer, rows, share=1.0, refresh=2, seed=3)
     written = everything.write(never_ending, [4, 0, 7], step=6)
@@ -302,6 +304,7 @@ def test_the_draft_writes_its_share_of_the_rows(never_ending, writer):
 
 def test_each_rank_step_and_seed_draws_anew(never_ending, writer):
     """Issue 13.10: ranks shared one seed."""
+    writer.max_new_tokens = 8
     rows = rows_of(9)
 
     def text(**settings):

@@ -188,7 +188,7 @@ def test_ranks_share_the_prompts_and_rank_0_measures_the_time(
     for number in (0, 1):
 
         def gather(records):
-            sizes.append(sum(len(group) for group in records["noisy"].values()))
+            sizes.append(sum(len(group["noisy"]) for group in records.values()))
             return [records]
 
         monkeypatch.setattr(module, "rank", lambda number=number: number)
@@ -322,7 +322,7 @@ def test_speed_up_is_measured_on_the_first_prompts(pair, examples, tokenizer, mo
     rows = rows_of(pair, examples[:2], tokenizer, replace(SETTINGS, timed_prompts=2))
     assert lengths == [[(1, example.prompt_length) for example in examples[:2]]] * 2
     for row in rows:
-        assert 0.2 < row["cost_ratio"] < 5, "one size, about one cost"
+        assert 0.1 < row["cost_ratio"] < 10, "one size, about one cost"
         assert list(row["scoring_ratio"]) == [str(gamma) for gamma in GAMMAS]
         assert min(row["scoring_ratio"].values()) > 0.2
         assert row["tokens_per_second"] > 0 and row["seconds_per_response"] > 0

@@ -92,7 +92,7 @@ def test_the_ground_floor_stands_alone(tmp_path):
     argv = [*flags.split(), "--max-new-tokens", "4", "--out", str(tmp_path / "runs")]
     program = (
         f"import sys, run_all, pytest; run_all.main({argv!r}); "
-        "sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider']))"
+        "sys.exit(pytest.main(['--collect-only', '-q', '--assert=plain']))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
