@@ -1,6 +1,11 @@
 """Decoding against transformers' own, and the cost model that says which gamma pays here.
 
     python -m extras.bench_decode --target DIR --draft DIR --json decode.json
+    python -m extras.bench_decode --shapes pythia --device cuda --json decode.json
+
+The second has models with random weights in the sizes of a pair, and random prompts: what decoding
+costs where no models are at hand. Such a draft is as good as never right, so that the seconds of
+forwards (c, v and o) say more than the ratios do.
 
 Greedy, float32. Five contestants decode each prompt alone: "speculative" (speculative_generate),
 "assisted" (transformers' assisted generation, as many drafts a round), "lookup" (transformers'
@@ -12,11 +17,12 @@ decode all prompts as a batch. All must write the same tokens.
 import statistics
 from collections import defaultdict
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
 import models
-from cli import Parser, run_command
+from cli import Parser, one_of, run_command
 from costs import predicted_speedup, recommend
 from evaluate import GAMMAS, clock, step_seconds
 from extras import measure
@@ -41,6 +47,8 @@ RATIOS = {  # of tokens per second: name -> contestant, baseline
     "speculative_vs_autoregressive": ("speculative", "autoregressive"),
     "batch_speculative_vs_autoregressive": ("speculative batch", "autoregressive batch"),
 }
+TOGETHER = ("speculative", "autoregressive", "generate")  # of a prompt and of a batch
+ALONE = ("assisted", "lookup")  # of a prompt
 
 
 # The cost model
@@ -110,9 +118,8 @@ class Contest:
         """Every contestant's `Turn` at the prompts together, and what all of them write after each
         prompt. Raises ValueError where they differ."""
         ids, mask = left_pad([prompt[0] for prompt in prompts], self.target.device)
-        contestants = ["speculative", "autoregressive", "generate"]
-        if len(prompts) == 1:  # transformers drafts for one prompt at a time
-            contestants += ["assisted", "lookup"]
+        # transformers drafts for one prompt at a time
+        contestants = [*TOGETHER, *ALONE] if len(prompts) == 1 else TOGETHER
         turns = {}
         texts = {}
         for name in measure.rotated(contestants, number):
@@ -151,6 +158,14 @@ class Contest:
         steps = [(self.target, 1), (self.draft, 1), *((self.target, 1 + n) for n in gammas)]
         seconds = step_seconds(steps, longest[:, :length])
         return dict(zip(("target", "draft", *gammas), seconds, strict=True))
+
+    def peaks(self) -> dict[str, float]:
+        """MiB that decoding the first prompt takes at its peak, the models themselves apart."""
+        peaks = {}
+        for name in (*TOGETHER, *ALONE):
+            call = partial(self.decode, name, self.prompts[0], None, None)
+            peaks[name] = measure.peak_memory(call, self.target.device) / 2**20
+        return peaks
 
     def sweep(self, texts: list, cost: dict) -> dict:
         """gamma -> tau, drafts a round and predicted speed-up, simulated along the texts."""
@@ -230,20 +245,36 @@ def check_drafting(calls: dict, gamma: int, prompts: int) -> None:
         raise ValueError(f"transformers does not draft {gamma} a round: {assisted} against {pair}")
 
 
-def decode(args) -> dict:
-    """All figures: ratios, time outside of forwards, the cost model, and what it says by gamma."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target, draft, tokenizer = models.load_pair(args.target, args.draft, torch.float32, device)
-    prompts, source = measure.load_prompts(args, tokenizer, device)
+def make_contest(args) -> tuple[Contest, str]:
+    """What --target and --draft or --shapes name, and where the prompts come from, in words. Raises
+    ValueError where neither is given, or both."""
+    given = [bool(name) for name in (args.target, args.draft, args.shapes)]
+    if given not in ([True, True, False], [False, False, True]):
+        raise ValueError("give --target and --draft, or --shapes instead of both")
+    if args.shapes:
+        target, draft = measure.random_pair(args.shapes, args.device)
+        prompts = measure.random_prompts(args, target)
+        source, ends = f"random, for random {args.shapes} models", []
+    else:
+        pair = models.load_pair(args.target, args.draft, torch.float32, args.device)
+        target, draft, tokenizer = pair
+        prompts, source = measure.load_prompts(args, tokenizer, args.device)
+        ends = models.end_tokens(target, tokenizer, args.chat)
     for ids in prompts:
         check_prompt((target, draft), ids, None, args.max_new_tokens)
-    ends = models.end_tokens(target, tokenizer, args.chat)
-    contest = Contest(target, draft, prompts, ends, args.max_new_tokens, args.gamma)
-    contest.take_turns(prompts[:1], 0, watched=False)  # warm up
+    return Contest(target, draft, prompts, ends, args.max_new_tokens, args.gamma), source
+
+
+def decode(args) -> dict:
+    """All figures: ratios, time outside of forwards, the cost model, and what it says by gamma."""
+    contest, source = make_contest(args)
+    prompts = contest.prompts
+    for together in (prompts[:1], prompts):  # warm up
+        contest.take_turns(together, 0, watched=False)
 
     # on a GPU the clocks get a round of their own, since they slow decoding down
     rounds, steps = [], defaultdict(list)
-    own_round = device.type == "cuda"
+    own_round = args.device.type == "cuda"
     for number in range(args.rounds + own_round):
         watched = not own_round or number == args.rounds
         turns, texts = contest.round(number, watched)
@@ -268,7 +299,7 @@ def decode(args) -> dict:
     protocol |= {"new_tokens": lengths, "max_new_tokens": args.max_new_tokens}
     protocol |= {"gamma": args.gamma, "temperature": 0, "dtype": "float32"}
     return {
-        "protocol": protocol | {"rounds": args.rounds, "device": str(device)},
+        "protocol": protocol | {"rounds": args.rounds, "device": str(args.device)},
         "alpha": stats.alpha,
         "tau": stats.tau,
         "lookup_tau": sum(lengths) / calls["lookup"]["target_calls"],
@@ -279,6 +310,7 @@ def decode(args) -> dict:
         },
         "overhead": overhead,
         "calls": calls,
+        "peak_MiB": contest.peaks(),
         "tokens_per_second": {
             name: measure.spread(sum(lengths) / each for each in by_round)
             for name, by_round in seconds.items()
@@ -300,6 +332,9 @@ def report(result: dict) -> None:
     print("ratios of tokens per second: median of the rounds (low to high)")
     for name, ratio in result["ratios"].items():
         print(f"  {' / '.join(RATIOS[name]):<44} {measure.brief(ratio, '.3f')}")
+    print("peak memory of one prompt, beyond the models: MiB")
+    for name, peak in result["peak_MiB"].items():
+        print(f"  {name:<44} {peak:.1f}")
     print("time outside of model forwards")
     for name, share in result["overhead"].items():
         print(f"  {name:<44} {measure.brief(share, '.1%')}")
@@ -321,8 +356,13 @@ def report(result: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="extras.bench_decode", description=__doc__)
-    parser.add_argument("--draft", required=True, help="folder or Hub id of the draft")
+    add = parser.add_argument
+    add("--target", help="folder or Hub id of the target")
+    add("--draft", help="folder or Hub id of the draft")
+    words = "a pair with random weights in these sizes, instead of --target and --draft"
+    add("--shapes", type=one_of(measure.SHAPES), help=words)
     measure.add_decoding_flags(parser)
+    measure.add_device_flag(parser)
     measure.add_result_flags(parser, rounds=5)
     args = measure.parse(parser, argv)
     result = decode(args)

@@ -1,12 +1,14 @@
-"""Our training step of stage 2 against the official one, and how it grows.
+"""Our training steps against the official one and Liger-Kernel's, and how they grow.
 
     python -m extras.bench_train --data-dir DIR --json train.json
+    python -m extras.bench_train --parts liger --dtype float32 --json liger.json
     python -m extras.bench_train --scale --json scale.json
 
-The first compares the loss step (output heads, loss, gradients), an epoch of the tiny pair, and a
-whole step at the paper's shapes. What the target and the reference say is at hand, as it is in
-every epoch but the first. --scale varies the loss step's tokens, vocabulary and chunk, and adds a
-second rank.
+The first compares stage 2 with the official step: the loss step (output heads, loss, gradients), an
+epoch of the tiny pair, and a whole step; and the loss step of distillation on all tokens, by JSD,
+with Liger-Kernel's chunked loss, where that is installed. Models have random weights in the sizes
+of a pair (--shapes). What the target and the reference say is at hand, as it is in every epoch but
+the first. --scale varies the loss step's tokens, vocabulary and chunk, and adds a second rank.
 """
 
 import argparse
@@ -16,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +28,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 import data
 import head
@@ -33,65 +36,19 @@ import ranks
 from cells import SCRATCH_VOCABULARY
 from cli import Parser, one_of, run_command, some_of, whole
 from extras import measure
-from settings import METHODS, PAIRS
+from extras.peers import liger_losses, official_step
+from settings import METHODS, PAIRS, Method
 from teacher import Frozen, ReferenceLoss, TokenCache
-from train import DTYPES, Student, adaspec_step, train
+from train import DTYPES, Student, adaspec_step, distillation_step, train
 
-# a batch of 8 x 256 tokens, 45% of them responses; the pythia pair's vocabulary and widths
-SHAPE = {"vocab_size": 50304, "target_width": 2048, "draft_width": 256}
-SHAPE |= {"rows": 8, "length": 256, "prompt": 141}
+BATCH = {"rows": 8, "length": 256, "prompt": 141}  # 45% of its tokens are responses
+SMALL = measure.SHAPES["pythia"] | BATCH | {"vocab_size": 12576}  # of --scale
 METHOD = METHODS["adaspec"]
+JSD = Method("distillspec", divergence="jsd")
 ROOT = Path(__file__).parents[1]
 
 
-# The official step and ours
-
-
-def official_loss(target_logits, reference_logits, draft_logits, labels, k):
-    """The loss of CustomTrainer in the authors' utils.py (github.com/yuezhouhu/adaspec), restated:
-    shifted copies, masked selects, three float32 softmaxes, KLDivLoss twice, quantile."""
-    keep = (labels[:, 1:] != -100).flatten()[:, None]
-    target_logits, reference_logits, draft_logits = (
-        logits[:, :-1].flatten(0, 1).masked_select(keep).view(-1, logits.shape[-1]).float()
-        for logits in (target_logits, reference_logits, draft_logits)
-    )
-    p = F.softmax(target_logits, dim=-1)
-    divergence = nn.KLDivLoss(reduction="none")
-    draft_kl = divergence(F.log_softmax(draft_logits, dim=-1), p).sum(-1)
-    reference_kl = divergence(F.log_softmax(reference_logits, dim=-1), p).sum(-1)
-    gap = draft_kl - reference_kl
-    return draft_kl.masked_select(gap >= torch.quantile(gap, 1 - k)).mean()
-
-
-def official_step(target, reference, draft, input_ids, labels, dtype) -> None:
-    """The official step up to the gradients: three full forwards, logits at all positions, an
-    attention mask.
-
-    The forwards are given the labels, as there: each model so computes a cross-entropy in float32
-    that nobody needs.
-    """
-    last = (labels != -100).cumsum(1).argmax(1)[:, None]
-    mask = torch.arange(input_ids.shape[1], device=input_ids.device) <= last
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "use_cache": False}
-    with autocast(input_ids.device, dtype):
-        output = draft(**inputs)
-    with torch.no_grad():
-        frozen = [model(**inputs).logits for model in (target, reference)]
-    official_loss(*frozen, output.logits, labels, METHOD.k).backward()
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def neox(vocab_size: int, width: int, layers: int, device, dtype, seed: int):
-    """A GPT-NeoX model with random weights, heads as Pythia has them."""
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    sizes |= {"num_attention_heads": 8 if width < 1024 else 16, "max_position_embeddings": 2048}
-    with torch.device(device):
-        config = GPTNeoXConfig(vocab_size=vocab_size, **sizes)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+# The steps
 
 
 def random_examples(shape: dict) -> list[data.Example]:
@@ -101,27 +58,41 @@ def random_examples(shape: dict) -> list[data.Example]:
     return [data.Example(row, shape["prompt"]) for row in ids]
 
 
-def step_calls(shape: dict, dtype, device, whole_step: bool) -> tuple[dict, nn.Module, float]:
-    """One training step on random weights and tokens, official and ours as calls; the draft; and
-    the seconds of the target's forward, which the cache saves in all later epochs.
+class Trio:
+    """Random target, reference and draft of a shape, and a batch of random tokens.
 
-    A whole step has Pythia's layers, clipping and AdamW. The other, the loss step, has models
-    without layers: from hidden states to the gradients of the output head and of a norm below it.
+    Without `layers` they have none: a step goes from hidden states to the gradients of the draft's
+    output head and of the norm below it.
     """
-    vocab_size, width = shape["vocab_size"], shape["draft_width"]
-    layers = (24, 6) if whole_step else (0, 0)
-    target = neox(vocab_size, shape["target_width"], layers[0], device, dtype, seed=0)
-    reference = neox(vocab_size, width, layers[1], device, dtype, seed=1)
-    draft = neox(vocab_size, width, layers[1], device, torch.float32, seed=2).train()
-    draft.get_input_embeddings().requires_grad_(whole_step)
-    examples = random_examples(shape)
-    batch = data.make_batch(examples, list(range(len(examples))), device)
-    labels = data.collate(examples)[1].to(device)
-    teacher = Frozen(target, vocab_size)
+
+    def __init__(self, shape: dict, dtype, device, layers: bool):
+        def model(role: str, seed: int, dtype):
+            sizes = shape[role] if layers else shape[role] | {"num_hidden_layers": 0}
+            return measure.random_model(shape["vocab_size"], sizes, dtype, device, seed)
+
+        self.target = model("target", 0, dtype)
+        self.reference = model("draft", 1, dtype)
+        self.draft = model("draft", 2, torch.float32).train()
+        self.draft.get_input_embeddings().requires_grad_(layers)
+        examples = random_examples(shape)
+        self.batch = data.make_batch(examples, list(range(len(examples))), device)
+        self.labels = data.collate(examples)[1].to(device)
+        self.teacher = Frozen(self.target, shape["vocab_size"])
+        self.student = Student(self.draft, shape["vocab_size"])
+
+
+def step_calls(shape: dict, dtype, device, whole_step: bool) -> tuple[dict, nn.Module, float]:
+    """One training step of stage 2, official and ours as calls; the draft; and the seconds of the
+    target's forward, which the cache saves in all later epochs.
+
+    A whole step has the models' layers, clipping and AdamW; the other is the loss step.
+    """
+    trio = Trio(shape, dtype, device, layers=whole_step)
+    draft, batch, teacher = trio.draft, trio.batch, trio.teacher
     seconds = measure.timed(lambda: teacher.hidden(batch), device)  # at hand from here on
-    reference_kl = ReferenceLoss(Frozen(reference, vocab_size), teacher, METHOD.gap).losses(batch)
+    reference = Frozen(trio.reference, shape["vocab_size"])
+    reference_kl = ReferenceLoss(reference, teacher, METHOD.gap).losses(batch)
     cached = SimpleNamespace(losses=lambda batch: reference_kl)
-    student = Student(draft, vocab_size)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
 
     def update():
@@ -131,17 +102,58 @@ def step_calls(shape: dict, dtype, device, whole_step: bool) -> tuple[dict, nn.M
 
     def official():
         draft.zero_grad()
-        official_step(target, reference, draft, batch.input_ids, labels, dtype)
+        frozen = trio.target, trio.reference
+        official_step(*frozen, draft, batch.input_ids, trio.labels, METHOD.k, dtype)
         update()
 
     def ours():
         draft.zero_grad()
-        with autocast(device, dtype):
-            loss, count = adaspec_step(student, batch, teacher, cached, METHOD)
+        with measure.autocast(device, dtype):
+            loss, count = adaspec_step(trio.student, batch, teacher, cached, METHOD)
         (loss / count).backward()
         update()
 
     return {"official": official, "ours": ours}, draft, seconds
+
+
+def liger_calls(shape: dict, dtype, device) -> tuple[dict, nn.Module]:
+    """The loss step of distillation by JSD on all response tokens, and no others, as calls that
+    give the loss: ours, and one with each of Liger-Kernel's losses; and the draft."""
+    trio = Trio(shape, dtype, device, layers=False)
+    draft, batch = trio.draft, trio.batch
+    heads = [model.get_output_embeddings().weight for model in (draft, trio.target)]
+
+    def step(loss_and_count: Callable):
+        def call():
+            draft.zero_grad()
+            with measure.autocast(device, dtype):
+                loss, count = loss_and_count()
+            (loss / count).backward()
+            return loss.item() / count
+
+        return call
+
+    def with_liger(loss: nn.Module):
+        def loss_and_count():
+            states = trio.student.hidden(batch), trio.teacher.hidden(batch)
+            return loss(states[0], heads[0], states[1], heads[1], batch.labels), 1
+
+        return loss_and_count
+
+    calls = {"ours": step(lambda: distillation_step(trio.student, batch, trio.teacher, JSD))}
+    return calls | {name: step(with_liger(loss)) for name, loss in liger_losses().items()}, draft
+
+
+def difference(calls: dict, draft: nn.Module) -> float:
+    """How far the losses and gradients of the calls are from those of the first, relative to these;
+    the largest."""
+    results = []
+    for call in calls.values():
+        loss = torch.tensor([call()])
+        gradient = [p.grad.flatten() for p in draft.parameters() if p.grad is not None]
+        results.append((loss, torch.cat(gradient)))
+    pairs = [pair for result in results for pair in zip(result, results[0], strict=True)]
+    return max(float((own - first).norm() / first.norm()) for own, first in pairs)
 
 
 def epoch_calls(data_dir: str | None, limit: int, device, folder: Path) -> dict:
@@ -163,7 +175,7 @@ def epoch_calls(data_dir: str | None, limit: int, device, folder: Path) -> dict:
         for group in data.batches(lengths, 16, 0, 0):
             batch = data.collate([examples[row] for row in group])
             input_ids, labels = (tensor.to(device) for tensor in batch)
-            official_step(target, reference, model, input_ids, labels, torch.float32)
+            official_step(target, reference, model, input_ids, labels, METHOD.k, torch.float32)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -182,67 +194,110 @@ def epoch_calls(data_dir: str | None, limit: int, device, folder: Path) -> dict:
     return {"official": official, "ours": ours}
 
 
-def product_share(seconds: float, dtype, device) -> float:
+def product_share(seconds: float, shape: dict, dtype, device) -> float:
     """How fast our loss step is as a share of the machine's rate of matrix products, which is taken
     at the shape of a chunk times the target's head."""
-    width, vocab_size = SHAPE["target_width"], SHAPE["vocab_size"]
-    a = torch.randn(head.CHUNK, width, dtype=dtype, device=device)
-    b = torch.randn(vocab_size, width, dtype=dtype, device=device)
+    vocab_size, rows = shape["vocab_size"], shape["rows"] * (shape["length"] - shape["prompt"])
+    a = torch.randn(head.CHUNK, shape["target"]["hidden_size"], dtype=dtype, device=device)
+    b = torch.randn(vocab_size, a.shape[1], dtype=dtype, device=device)
     best = min(measure.timed(lambda: F.linear(a, b), device) for _ in range(10))
     # both heads over all response rows, then forward and backward for the selected
-    rows = SHAPE["rows"] * (SHAPE["length"] - SHAPE["prompt"])
-    target, draft = (2 * vocab_size * SHAPE[name] for name in ("target_width", "draft_width"))
+    target, draft = (2 * vocab_size * shape[role]["hidden_size"] for role in ("target", "draft"))
     operations = rows * (target + draft) + METHOD.k * rows * (target + 3 * draft)
     return operations / seconds / (2 * a.numel() * vocab_size / best)
 
 
-def compare(args, device, dtype) -> dict:
-    """Ours against the official step, in the --parts."""
-    results = {}
+class Comparison:
+    """Ours against another's: `results` by name, printed as they come."""
 
-    def times_faster(name: str, calls: dict, repeats: dict | None = None) -> dict:
-        seconds = measure.interleaved(calls, args.rounds, device, repeats)
-        ratio = measure.ratios(seconds["official"], seconds["ours"])
-        results[f"{name}, times faster"] = ratio
-        print(f"{name}: {measure.brief(ratio)} times faster", flush=True)
+    def __init__(self, rounds: int, device):
+        self.rounds = rounds
+        self.device = device
+        self.results = {}
+
+    def note(self, name: str, value) -> None:
+        self.results[name] = value
+        print(f"{name}: {measure.brief(value) if isinstance(value, dict) else f'{value:.3g}'}")
+        sys.stdout.flush()
+
+    def times(self, names: dict, calls: dict, repeats: dict | None = None) -> dict:
+        """Time the calls against "ours"; names: call -> what it is called in the results."""
+        seconds = measure.interleaved(calls, self.rounds, self.device, repeats)
+        for call, name in names.items():
+            self.note(f"{name}, times faster", measure.ratios(seconds[call], seconds["ours"]))
         return seconds
 
-    def single(name: str, value: float) -> None:
-        results[name] = value
-        print(f"{name}: {value:.2f}", flush=True)
+    def memory(self, names: dict, calls: dict, draft: nn.Module) -> None:
+        """Likewise their peak memory, the draft's gradients included."""
+        peaks = {}
+        for name, call in calls.items():
+            draft.zero_grad()  # those that the last call has left
+            peaks[name] = measure.peak_memory(call, self.device)
+        for call, name in names.items():
+            self.note(f"{name}, times less peak memory", peaks[call] / max(peaks["ours"], 1))
 
+
+def compare(args, dtype) -> dict:
+    """Ours against the official step and Liger-Kernel's, in the --parts."""
+    device = args.device
+    shape = measure.SHAPES[args.shapes] | BATCH
+    shape["vocab_size"] = args.vocab_size or shape["vocab_size"]
+    comparison = Comparison(args.rounds, device)
     if "loss" in args.parts:
-        calls, _, _ = step_calls(SHAPE, dtype, device, whole_step=False)
-        seconds = times_faster("loss step", calls)
-        peaks = {name: measure.peak_memory(call, device) for name, call in calls.items()}
-        single("loss step, times less peak memory", peaks["official"] / max(peaks["ours"], 1))
-        share = product_share(min(seconds["ours"]), dtype, device)
-        single("loss step, share of the machine's matrix-product rate", share)
-        del calls
+        names = {"official": "loss step"}
+        calls, draft, _ = step_calls(shape, dtype, device, whole_step=False)
+        seconds = comparison.times(names, calls)
+        comparison.memory(names, calls, draft)
+        share = product_share(min(seconds["ours"]), shape, dtype, device)
+        comparison.note("loss step, share of the machine's matrix-product rate", share)
+        del calls, draft
+    if "liger" in args.parts:
+        compare_liger(comparison, shape, dtype)
     if "epoch" in args.parts:
         with tempfile.TemporaryDirectory() as folder:
             calls = epoch_calls(args.data_dir, args.limit, device, Path(folder))
-            times_faster("stage 2 epoch of the tiny pair", calls)
+            comparison.times({"official": "stage 2 epoch of the tiny pair"}, calls)
     if "step" in args.parts:
-        calls, _, filling = step_calls(SHAPE, dtype, device, whole_step=True)
+        names = {"official": "whole step after the first epoch"}
+        calls, draft, filling = step_calls(shape, dtype, device, whole_step=True)
         # a training step comes after others of its kind
-        seconds = times_faster("whole step after the first epoch", calls, {"ours": 8})
+        seconds = comparison.times(names, calls, {"ours": 8})
+        comparison.memory(names, calls, draft)
         steps = filling / statistics.median(seconds["official"])
-        single("the pass that fills the cache, in official steps", steps)
-    return {"data": "gsm8k" if args.data_dir else "arithmetic"} | results
+        comparison.note("the pass that fills the cache, in official steps", steps)
+    return {"data": "gsm8k" if args.data_dir else "arithmetic"} | comparison.results
+
+
+def compare_liger(comparison: Comparison, shape: dict, dtype) -> None:
+    """Our loss step of JSD against Liger-Kernel's. Raises ValueError where the two differ in
+    float32. (In bfloat16 they may: on a CPU, Liger's forms the loss in it, ours in float32.)"""
+    calls, draft = liger_calls(shape, torch.float32, comparison.device)
+    if list(calls) == ["ours"]:
+        print("liger: not installed: skipped (pip install --no-deps liger-kernel)")
+        return
+    worst = difference(calls, draft)
+    if not worst < 1e-4:
+        raise ValueError(f"Liger-Kernel's loss or gradient is another, by {worst:.1e} of ours")
+    if dtype != torch.float32:
+        calls, draft = liger_calls(shape, dtype, comparison.device)
+    comparison.results["Liger-Kernel"] = version("liger-kernel")
+    comparison.note("JSD loss step, relative difference to Liger-Kernel's", worst)
+    names = {name: f"JSD loss step against Liger-Kernel {name}" for name in list(calls)[1:]}
+    comparison.times(names, calls)
+    comparison.memory(names, calls, draft)
 
 
 # Scale
 
 
-def scale(args, device, dtype) -> dict:
+def scale(args, dtype) -> dict:
     """How time and memory of our loss step grow, and what a second rank brings."""
-    small = SHAPE | {"vocab_size": 12576}
+    device = args.device
     vocabularies = (6288, 12576, 25152, 50304)
     sweeps = {  # what is swept -> its value: shape, chunk
-        "response tokens": {115 * n: (small | {"rows": n}, head.CHUNK) for n in (4, 8, 16, 32)},
-        "vocabulary": {n: (small | {"vocab_size": n}, head.CHUNK) for n in vocabularies},
-        "chunk": {n: (small, n) for n in (64, 128, 256, 512)},
+        "response tokens": {115 * n: (SMALL | {"rows": n}, head.CHUNK) for n in (4, 8, 16, 32)},
+        "vocabulary": {n: (SMALL | {"vocab_size": n}, head.CHUNK) for n in vocabularies},
+        "chunk": {n: (SMALL, n) for n in (64, 128, 256, 512)},
     }
     results = {}
     for name, points in sweeps.items():
@@ -255,7 +310,10 @@ def scale(args, device, dtype) -> dict:
             results[name].append({"value": value, "time": time, "peak_MiB": peak})
             words = f"time x {measure.brief(time)}, peak memory {peak} MiB"
             print(f"{name} {value}: {words}", flush=True)
-    pairs = [(seconds_on(1, args.dtype), seconds_on(2, args.dtype)) for _ in range(args.rounds)]
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        print("2 ranks against one: skipped, there is one GPU")
+        return results
+    pairs = [[seconds_on(n, args.dtype, device) for n in (1, 2)] for _ in range(args.rounds)]
     efficiency = measure.spread(one / (2 * two) for one, two in pairs)
     print(f"2 ranks against one, one thread each: efficiency {measure.brief(efficiency)}")
     return results | {"parallel efficiency of 2 ranks": efficiency}
@@ -274,14 +332,17 @@ def chunked_call(shape: dict, chunk: int, dtype, device):
     return call
 
 
-def seconds_on(count: int, dtype: str) -> float:
+def seconds_on(count: int, dtype: str, device) -> float:
     """Seconds that `scale_worker` takes on so many ranks with one thread each."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if device.type == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     worker = ["-m", "extras.bench_train", "--worker", "--dtype", dtype]
     process = subprocess.run(
         [sys.executable, *launcher, *worker],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -293,10 +354,10 @@ def scale_worker(dtype: str) -> None:
     """Print the seconds of three steps of stage 2 with the paper's draft, 16 rows each, on the
     ranks that torchrun has started."""
     device = ranks.setup()
-    shape = SHAPE | {"vocab_size": 12576, "rows": 16}
-    vocab_size = shape["vocab_size"]
-    target = neox(vocab_size, shape["target_width"], 0, device, DTYPES[dtype], seed=0)
-    draft = neox(vocab_size, shape["draft_width"], 6, device, torch.float32, seed=2)
+    shape = SMALL | {"rows": 16}
+    vocab_size, head_alone = shape["vocab_size"], shape["target"] | {"num_hidden_layers": 0}
+    target = measure.random_model(vocab_size, head_alone, DTYPES[dtype], device, seed=0)
+    draft = measure.random_model(vocab_size, shape["draft"], torch.float32, device, seed=2)
     reference = SimpleNamespace(losses=lambda batch: torch.zeros(len(batch.index), device=device))
     inputs = (Frozen(target, vocab_size), reference, METHOD)
     options = {"vocab_size": vocab_size, "lr": 1e-5, "batch_size": 16, "dtype": dtype}
@@ -312,23 +373,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="extras.bench_train", description=__doc__)
     add = parser.add_argument
     add("--scale", action="store_true", help="measure how the loss step grows instead")
-    parts = ["loss", "epoch", "step"]
-    words = "what to compare; step: with a random 1.4B target, minutes on a CPU"
+    parts = ["loss", "liger", "epoch", "step"]
+    words = "what to compare; step: with all layers of the target, minutes on a CPU"
     add("--parts", type=some_of(parts), default=",".join(parts), help=words)
     add("--data-dir", help="epoch over rows of <data-dir>/gsm8k/train.jsonl, not the offline task")
     add("--limit", type=whole(), default=300, help="rows of that epoch")
     words = "of the loss step and the whole step; the epoch is float32"
     add("--dtype", type=one_of(DTYPES), default="bfloat16", help=words)
     add("--worker", action="store_true", help=argparse.SUPPRESS)
+    words = "sizes of the random models of the loss steps and the whole step"
+    add("--shapes", type=one_of(measure.SHAPES), default="pythia", help=words)
+    add("--vocab-size", type=whole(), help="their vocabulary, instead of the one of these sizes")
+    measure.add_device_flag(parser)
     measure.add_result_flags(parser, rounds=3)
     args = measure.parse(parser, argv)
     if args.worker:
         scale_worker(args.dtype)
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = scale if args.scale else compare
-    settings = {"dtype": args.dtype, "rounds": args.rounds}
-    measure.save(args, settings | run(args, device, DTYPES[args.dtype]))
+    settings = {"dtype": args.dtype, "rounds": args.rounds, "device": args.device.type}
+    measure.save(args, settings | run(args, DTYPES[args.dtype]))
 
 
 if __name__ == "__main__":

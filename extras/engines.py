@@ -480,6 +480,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--draft", required=True, nargs="+", help="folders of drafts")
     add("--vllm-python", help="python of an environment with vLLM")
     add("--openvino-python", help="python of one with OpenVINO GenAI and optimum-intel")
+    comparing.add_argument("--target", required=True, help="folder or Hub id of the target")
     measure.add_decoding_flags(comparing)
     measure.add_result_flags(comparing, rounds=5)
     args = measure.parse(parser, argv)

@@ -1,10 +1,12 @@
-"""What the benchmarks share: turns and ratios, clocks and memory, prompts, and what they save.
+"""What the benchmarks share: turns and ratios, clocks and memory, random models, prompts, and what
+they save.
 
 Contestants of a comparison take turns in one process, in an order that rotates, so that whatever
 else slows the machine slows them all. A ratio is formed within each round of turns and reported
 as the median over rounds, with the smallest and the largest.
 """
 
+import argparse
 import ctypes
 import functools
 import gc
@@ -19,13 +21,21 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig
 
 import data
 import storage
-from cli import Parser, whole
+from cli import Parser, one_of, whole
 from evaluate import clock
 from own_rows import prompt_tokens
+from settings import TINY_DRAFT, TINY_TARGET
+
+PYTHIA_1_4B = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16}
+PYTHIA_31M = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
+SHAPES = {  # of models with random weights: the paper's pythia pair, and the one of our tiny preset
+    "pythia": {"vocab_size": 50304, "target": PYTHIA_1_4B, "draft": PYTHIA_31M},
+    "tiny": {"vocab_size": 512, "target": TINY_TARGET, "draft": TINY_DRAFT},
+}
 
 # Turns and ratios
 
@@ -133,13 +143,50 @@ def peak_memory(call: Callable, device) -> int:
     return status("VmHWM") - before
 
 
+# Devices and models
+
+
+def device(name: str) -> torch.device:
+    """The type of --device: cpu, or cuda where there is a GPU."""
+    name = one_of(("cpu", "cuda"))(name)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch finds no GPU for cuda; give cpu")
+    return torch.device(name)
+
+
+def add_device_flag(parser: Parser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=default, help="cpu or cuda")
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def random_model(vocab_size: int, sizes: dict, dtype, device, seed: int) -> torch.nn.Module:
+    """A GPT-NeoX with random weights; sizes as in SHAPES, all else as Pythia has it."""
+    sizes = {**sizes, "intermediate_size": 4 * sizes["hidden_size"]}
+    config = GPTNeoXConfig(vocab_size=vocab_size, max_position_embeddings=2048, **sizes)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def random_pair(shapes: str, device) -> list[torch.nn.Module]:
+    """A target and a draft of SHAPES with random weights, float32, in evaluation mode."""
+    shape = SHAPES[shapes]
+    return [
+        random_model(shape["vocab_size"], shape[role], torch.float32, device, seed).eval()
+        for seed, role in enumerate(("target", "draft"))
+    ]
+
+
 # Decoding: prompts, and transformers set up for a comparison
 
 
 def add_decoding_flags(parser: Parser) -> None:
     """The flags that bench_decode and engines have in common."""
     add = parser.add_argument
-    add("--target", required=True, help="folder or Hub id of the target")
     add("--prompts", help='JSON lines with a "prompt" each; without it rows of the offline task')
     add("--data-dir", help="prompts from <data-dir>/gsm8k/test.jsonl")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
@@ -162,6 +209,13 @@ def load_prompts(args, tokenizer, device) -> tuple[list[torch.Tensor], str]:
         source += ", chat template"
     token_ids = [prompt_tokens(text, tokenizer, args.chat) for text in texts]
     return [torch.tensor([ids], dtype=torch.long, device=device) for ids in token_ids], source
+
+
+def random_prompts(args, model) -> list[torch.Tensor]:
+    """As many prompts of 64 random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (args.batch, 1, 64), generator=generator)
+    return list(ids.to(model.device))
 
 
 def make_greedy(target, drafts, ends: list[int], limit: int, gamma: int) -> None:

@@ -111,6 +111,21 @@ def test_one_prompt_of_ones_own_without_a_steady_state(pair, tmp_path, capsys):
     assert "raise --max-new-tokens" in capsys.readouterr().out
 
 
+def test_random_models_of_known_sizes(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    size = ["--max-new-tokens", "8", "--rounds", "1", "--batch", "2", "--gamma", "2"]
+    main(["--shapes", "tiny", "--device", "cpu", *size, "--json", str(out)])
+    result = json.loads(out.read_text())
+    assert result["protocol"]["prompts"] == "random, for random tiny models"
+    assert result["protocol"]["prompt_tokens"] == [64, 64]
+    assert result["protocol"]["new_tokens"] == [8, 8], "no token ends a text"
+    assert result["protocol"]["device"] == "cpu"
+    assert set(result["peak_MiB"]) == set(result["calls"]) - {
+        f"{name} batch" for name in bench_decode.TOGETHER
+    }
+    assert "peak memory of one prompt" in capsys.readouterr().out
+
+
 def test_what_cannot_be_measured_is_refused(pair, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*pair, "--gamma", "0"])
@@ -124,6 +139,9 @@ def test_what_cannot_be_measured_is_refused(pair, tmp_path, capsys):
             main([*pair, *flags])
     with pytest.raises(OSError):  # before anything is measured
         main([*pair, "--json", str(tmp_path)])
+    for flags in ([], pair[:2], pair[2:], [*pair[2:], "--shapes", "tiny"]):
+        with pytest.raises(ValueError, match="give --target and --draft, or --shapes"):
+            main(flags)
 
 
 def test_commands_name_no_private_folder():

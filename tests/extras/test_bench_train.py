@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from extras import bench_train, measure
+from distillspec import jensen_shannon
+from extras import bench_train, measure, peers
 
-SMALL = {"vocab_size": 300, "target_width": 48, "draft_width": 16}
-SMALL |= {"rows": 3, "length": 40, "prompt": 18}
+BATCH = {"rows": 3, "length": 40, "prompt": 18}
+SMALL = measure.SHAPES["tiny"] | BATCH
 CPU = torch.device("cpu")
 
 
@@ -41,18 +42,86 @@ def parameters(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_benchmark_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_train, "SHAPE", SMALL)
+def test_liger_kernels_loss_is_ours(tmp_path, monkeypatch):
+    pytest.importorskip("liger_kernel")
+    monkeypatch.setattr(bench_train, "BATCH", BATCH)
+    monkeypatch.setattr(peers, "LIGER_OPTIONS", {"by 16": {"chunk_size": 16, "compiled": False}})
+    flags = ["--parts", "liger", "--shapes", "tiny", "--vocab-size", "300", "--rounds", "2"]
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / f"{dtype}.json"
+        bench_train.main([*flags, "--dtype", dtype, "--json", str(out)])
+        result = json.loads(out.read_text())
+        assert result["JSD loss step, relative difference to Liger-Kernel's"] < 1e-5
+        name = "JSD loss step against Liger-Kernel by 16"
+        assert len(result[f"{name}, times faster"]["rounds"]) == 2
+        assert result[f"{name}, times less peak memory"] >= 0
+
+
+def test_another_loss_is_no_peer(monkeypatch):
+    """A peer whose gradient is another by a tenth is noticed, and nothing is timed."""
+
+    def loss(states, weight, target_states, target_weight, labels):
+        p, q = target_states @ target_weight.T, states @ weight.T
+        return jensen_shannon(p, q).mean() * factor
+
+    comparison = bench_train.Comparison(1, CPU)
+    monkeypatch.setattr(bench_train, "liger_losses", lambda: {"as it comes": loss})
+    monkeypatch.setattr(bench_train, "version", lambda name: "0")
+    factor = 1.1
+    with pytest.raises(ValueError, match=r"is another, by 1\.0e-01 of ours"):
+        bench_train.compare_liger(comparison, SMALL, torch.float32)
+    assert comparison.results == {}
+    factor = 1
+    bench_train.compare_liger(comparison, SMALL, torch.float32)
+    name = "JSD loss step against Liger-Kernel as it comes, times faster"
+    assert comparison.results[name]["median"] > 0
+
+
+def test_liger_kernel_is_optional(monkeypatch, capsys):
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    bench_train.main(["--parts", "liger", "--shapes", "tiny", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("liger: not installed: skipped")
+
+
+def test_benchmark_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_train, "BATCH", BATCH)
     out = tmp_path / "t.json"
-    flags = ["--parts", "loss,epoch", "--limit", "20", "--rounds", "1", "--json", str(out)]
-    bench_train.main(flags)
+    flags = ["--parts", "loss,epoch,step", "--limit", "20", "--shapes", "tiny", "--rounds", "1"]
+    bench_train.main([*flags, "--dtype", "float32", "--device", "cpu", "--json", str(out)])
     result = json.loads(out.read_text())
-    for part in ("loss step", "stage 2 epoch of the tiny pair"):
+    for part in ("loss step", "stage 2 epoch of the tiny pair", "whole step after the first epoch"):
         assert result[f"{part}, times faster"]["median"] > 0
+    assert result["whole step after the first epoch, times less peak memory"] >= 0
+    assert "loss step, times less peak memory: " in capsys.readouterr().out
     assert result["command"].startswith("python -m extras.bench_train --parts loss,epoch")
-    assert result["data"] == "arithmetic" and result["dtype"] == "bfloat16"
-    with pytest.raises(SystemExit):
-        bench_train.main(["--parts", "loss,all"])
+    assert (result["data"], result["dtype"]) == ("arithmetic", "float32")
+    assert result["device"] == "cpu"
+
+
+def test_what_cannot_be_measured_is_refused(capsys):
+    devices = [] if torch.cuda.is_available() else [("--device cuda", "torch finds no GPU")]
+    for flags, words in (
+        ("--parts loss,all", "unknown name 'all'"),
+        ("--shapes llama", "unknown name 'llama'"),
+        ("--device gpu", "unknown name 'gpu'"),
+        *devices,
+    ):
+        with pytest.raises(SystemExit):
+            bench_train.main(flags.split())
+        assert words in capsys.readouterr().err
+
+
+def test_shapes_are_those_of_the_paper():
+    sizes = {}
+    for name, shape in measure.SHAPES.items():
+        for role in ("target", "draft"):
+            meta = torch.device("meta")
+            model = measure.random_model(shape["vocab_size"], shape[role], torch.float32, meta, 0)
+            sizes[name, role] = sum(p.numel() for p in model.parameters())
+    # of the models on the Hub, embeddings and head included
+    assert sizes["pythia", "target"] == 1_414_647_808
+    assert sizes["pythia", "draft"] == 30_494_720
+    assert sizes["tiny", "target"] > 4 * sizes["tiny", "draft"]
 
 
 def test_scale_runs(tmp_path, monkeypatch):
@@ -65,8 +134,9 @@ def test_scale_runs(tmp_path, monkeypatch):
     step_calls = bench_train.step_calls
     monkeypatch.setattr(bench_train, "step_calls", small)
     monkeypatch.setattr(measure, "peak_memory", lambda call, device: 2**21)
-    monkeypatch.setattr(bench_train, "seconds_on", lambda count, dtype: 3.0 / count)
-    bench_train.main(["--scale", "--rounds", "1", "--json", str(tmp_path / "s.json")])
+    monkeypatch.setattr(bench_train, "seconds_on", lambda count, dtype, device: 3.0 / count)
+    flags = ["--scale", "--rounds", "1", "--device", "cpu"]
+    bench_train.main([*flags, "--json", str(tmp_path / "s.json")])
     result = json.loads((tmp_path / "s.json").read_text())
     assert [point["value"] for point in result["response tokens"]] == [460, 920, 1840, 3680]
     assert [point["value"] for point in result["chunk"]] == [64, 128, 256, 512]
@@ -76,7 +146,7 @@ def test_scale_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_ranks_are_started(monkeypatch):
-    assert bench_train.seconds_on(2, "float32") > 0
+    assert bench_train.seconds_on(2, "float32", CPU) > 0
 
 
 def test_peak_memory_is_that_of_the_call():
