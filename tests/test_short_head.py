@@ -20,7 +20,7 @@ from cells import base_models, check_cell, prepare_cell, with_short_head
 from distillspec import DIVERGENCES
 from head import Head
 from history import Validation
-from settings import Method, Pair, Settings
+from settings import PAIRS, Method, Pair, Settings
 from short_head import coverage, frequent_tokens, outside_log_odds, shorten_head, with_outside
 from speculative import autoregressive_generate, expected_acceptance, speculative_generate
 from storage import read_json
@@ -332,8 +332,10 @@ def test_the_tokens_are_those_of_the_responses_that_are_trained_on(make_cell, mo
     assert own.fingerprint != other.fingerprint and own.path != other.path
 
 
-def test_a_run(tmp_path, short_flags, capsys):
+def test_a_run(tmp_path, short_flags, capsys, monkeypatch):
     """From base models to the table; trained anew and evaluated, and found again."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(PAIRS, "tiny", Pair(sizes | {"num_hidden_layers": 2}, sizes, lr=2e-3))
     flags = [*short_flags, "--methods", "best,adaspec", "--draft-vocab", "40"]
     flags += ["--out", str(tmp_path)]
     run_all.main(flags)
