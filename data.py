@@ -492,8 +492,15 @@ def make_batch(
 ) -> Batch:
     input_ids, labels = collate([examples[row] for row in rows])
     index, tokens = response_positions(labels)
-    tensors = [t.to(device, non_blocking=True) for t in (input_ids, index, tokens)]
+    tensors = [to_device(tensor, device) for tensor in (input_ids, index, tokens)]
     return Batch(*tensors, rows, progress)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`; to a GPU from pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int):

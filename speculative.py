@@ -550,6 +550,8 @@ def speculative_generate(
             if draft is None or not draft_lane.ready:
                 usable = [0] * len(active)
             g = max(usable)
+            # Copied now: to a GPU that is busy, the copy would wait
+            limit = torch.tensor(usable, device=device)
             # The round's draws: g drafts, g tests, 1 token of the target's own; none when greedy.
             draws = (len(active), 2 * g + 1 if temperature > 0 else 0)
             uniforms = torch.rand(draws, generator=generator, device=device, dtype=torch.float64)
@@ -561,13 +563,12 @@ def speculative_generate(
             logits = target_lane.forward(torch.cat([target_next, drafts], 1), keep=g + 1)
 
             # Verify: accept drafts up to the first that fails, and add a token of the target's own
-            limit = torch.tensor(usable, device=device)
             if temperature > 0:
                 p = distribution(logits, *sampling)
                 accepted, own_token = verify(p, q, drafts, limit, uniforms[:, g:], relax)
             else:
                 accepted, own_token = verify_greedy(logits, drafts, limit, relax)
-            # the round's one wait for the device
+            # the round's one wait for the device (in a forward with a mask, transformers waits too)
             results = torch.cat([accepted[:, None], own_token, drafts], 1).tolist()
             for i, row in enumerate(active):
                 count, last, *drafted = results[i]

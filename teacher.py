@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import Batch, Example, make_batch
+from data import Batch, Example, make_batch, to_device
 from distillspec import DIVERGENCES
 from head import Head, hidden_states
 from ranks import check_stop, from_rank_0, gather_objects, progress, rank, world_size
@@ -231,7 +231,7 @@ class TokenCache:
         for row in batch.rows:
             number, start = self.places[row]
             parts.append(self.values[number][start : start + self.counts[row]])
-        return torch.cat(parts).to(batch.input_ids.device, non_blocking=True)
+        return to_device(torch.cat(parts), batch.input_ids.device)
 
 
 def shard_layers(model: nn.Module) -> None:

@@ -244,8 +244,9 @@ def train(
             sums[1] += count
 
         # over all ranks: summed loss, its tokens, who wants to save, who wants to stop
-        sums[2] = rank() == 0 and time.monotonic() - saved > 60 * save_minutes
-        sums[3] = bool(ranks.stop_requested())
+        # (added: to assign a number to one element of a GPU's tensor is a copy that is waited for)
+        sums[2] += rank() == 0 and time.monotonic() - saved > 60 * save_minutes
+        sums[3] += bool(ranks.stop_requested())
         if world_size() > 1:
             dist.all_reduce(sums)
 
@@ -256,7 +257,8 @@ def train(
             if weight.grad is not None:
                 weight.grad.mul_(factor)
         norm = nn.utils.clip_grad_norm_(weights, clip)
-        # the one wait of the step for the device
+        # the loop's one wait for the device. Not the only one: adaspec_step waits for the number of
+        # selected tokens, and in each forward transformers looks whether rows are packed
         total, count, due, stop, norm = torch.stack([*sums, norm.double()]).tolist()
         location = f"step {number + 1} (epoch {epoch + 1}, rows {sorted(rows)} of those kept)"
         if not math.isfinite(total):
@@ -337,7 +339,8 @@ def make_optimizer(weights: list[Tensor], lr: float, weight_decay: float) -> tor
 
 
 def scaled_step(optimizer, scaler) -> bool:
-    """The optimiser's step; whether GradScaler has skipped it, because a gradient overflowed."""
+    """The optimiser's step; whether GradScaler has skipped it, because a gradient overflowed.
+    (With float16 it waits for the device, to read the scale before and after.)"""
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()

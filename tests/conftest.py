@@ -69,6 +69,15 @@ def make_model(tokenizer):
     return make
 
 
+@pytest.fixture
+def device():
+    """Where tests marked `gpu` run: on the GPU, or with GPU_TESTS_ON=cpu on the CPU."""
+    name = os.environ.get("GPU_TESTS_ON", "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU (CUDA)")
+    return torch.device(name)
+
+
 @pytest.fixture(scope="session")
 def short_flags():
     """The flags of a run of the tiny preset that takes seconds."""

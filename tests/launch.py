@@ -1,4 +1,4 @@
-"""Starting a script on two ranks, as torchrun does."""
+"""Starting a script on ranks, as torchrun does."""
 
 import os
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run_on_two_ranks(script: str, *arguments) -> str:
+def run_on_ranks(script: str, *arguments, count: int = 2) -> str:
     """What a script of the project prints; it must end well."""
-    launcher = "torch.distributed.run --standalone --nproc_per_node 2".split()
+    launcher = f"torch.distributed.run --standalone --nproc_per_node {count}".split()
     command = [sys.executable, "-m", *launcher, str(ROOT / script), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)

@@ -164,8 +164,8 @@ def reference_distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def enumerate_texts(model, prompt, n, vocab, **sampling):
-    """Exact probabilities [vocab ** n] of all continuations, in float64."""
-    double = copy.deepcopy(model).double()
+    """Exact probabilities [vocab ** n] of all continuations, in float64, on the CPU."""
+    double, prompt = copy.deepcopy(model).double().cpu(), prompt.cpu()
     probabilities = torch.ones(1, dtype=torch.float64)
     texts = torch.empty(1, 0, dtype=torch.long)
     for _ in range(n):
@@ -195,9 +195,9 @@ def chi_square(counts, expected):
 def sample_counts(target, draft, prompt, n, vocab, samples, *, seed=0, **settings):
     """How often each continuation came out of `samples` rows decoded together, and the counts."""
     ids = prompt.repeat(samples, 1)
-    settings["generator"] = torch.Generator().manual_seed(seed)
+    settings["generator"] = torch.Generator(ids.device).manual_seed(seed)
     out = speculative_generate(target, draft, ids, max_new_tokens=n, **settings)
-    code = (out.sequences[:, prompt.shape[1] :] * vocab ** torch.arange(n - 1, -1, -1)).sum(1)
+    code = (out.sequences[:, prompt.shape[1] :].cpu() * vocab ** torch.arange(n - 1, -1, -1)).sum(1)
     return torch.bincount(code, minlength=vocab**n).double(), out.stats
 
 

@@ -59,7 +59,7 @@ def untimed(monkeypatch):
 def test_counts_are_those_of_decoding_one_by_one(rows, pair, examples, decoding):
     greedy, sampled = rows
     assert (greedy["temperature"], sampled["temperature"]) == (0.0, 1.0)
-    prompts = [prompt_ids(example)[None] for example in examples[:6]]
+    prompts = [prompt_ids(example)[None].to(pair[0].device) for example in examples[:6]]
     stats = sum(
         (speculative_generate(*pair, prompt, gamma=4, **decoding).stats for prompt in prompts),
         Stats(),
@@ -86,10 +86,9 @@ def test_tau_by_gamma_is_that_of_decoding(rows, pair, examples, decoding):
     greedy, sampled = rows
     assert list(greedy["tau_by_gamma"]) == [str(n) for n in range(1, 11)]
     for gamma in (1, 4, 10):
-        stats = [
-            speculative_generate(*pair, prompt_ids(example)[None], gamma=gamma, **decoding).stats
-            for example in examples[:6]
-        ]
+        prompts = [prompt_ids(example)[None].to(pair[0].device) for example in examples[:6]]
+        outputs = [speculative_generate(*pair, ids, gamma=gamma, **decoding) for ids in prompts]
+        stats = [output.stats for output in outputs]
         tau = sum(s.generated for s in stats) / sum(s.target_calls for s in stats)
         assert greedy["tau_by_gamma"][str(gamma)] == pytest.approx(tau, rel=1e-12)
     assert sampled["tau_by_gamma"]["4"] == pytest.approx(sampled["tau"], rel=0.25)
@@ -104,8 +103,8 @@ def test_expected_acceptance_is_that_on_the_targets_own_text(
     overlap, agree = [], []
     for number, group in enumerate((examples[:4], examples[4:6])):
         prompts = [prompt_ids(example) for example in group]
-        input_ids, mask = left_pad(prompts)
-        generator = torch.Generator().manual_seed(7 * 1_000_003 + number)
+        input_ids, mask = left_pad(prompts, pair[0].device)
+        generator = torch.Generator(input_ids.device).manual_seed(7 * 1_000_003 + number)
         texts = autoregressive_generate(
             pair[0], input_ids, mask, temperature=1.0, generator=generator, **decoding
         )

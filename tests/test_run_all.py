@@ -22,7 +22,7 @@ from arithmetic import arithmetic_rows
 from cells import prepare_cell
 from settings import METHODS, PAIRS, Method, Pair, Settings
 from storage import Model, is_whole
-from tests.launch import run_on_two_ranks
+from tests.launch import run_on_ranks
 
 CPU = torch.device("cpu")
 ROOT = Path(run_all.__file__).parent
@@ -571,7 +571,7 @@ def test_two_ranks_end_in_the_same_models(tmp_path, tokenizer, make_model):
     flags += ["--target", str(target), "--draft", str(draft), "--out"]
     single, double = tmp_path / "single", tmp_path / "double"
     run_all.main([*flags, str(single)])
-    printed = run_on_two_ranks("run_all.py", *flags, double)
+    printed = run_on_ranks("run_all.py", *flags, double)
     assert printed.count("\nAcceptance:\n") == 1, "only rank 0 may print"
     paths = list(single.rglob("model.safetensors"))
     assert len(paths) == 3

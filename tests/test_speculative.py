@@ -58,7 +58,11 @@ def small():
 
 @pytest.fixture(scope="module")
 def prompts():
-    """Four left-padded prompts of 10, 7, 3 and 1 tokens, among them the token 0."""
+    return ragged_prompts()
+
+
+def ragged_prompts():
+    """Four left-padded prompts of 10, 7, 3 and 1 tokens, among them the token 0: ids and mask."""
     ids = torch.randint(0, 40, (4, 10), generator=torch.Generator().manual_seed(3))
     ids[:, -1] = torch.tensor([4, 0, 7, 0])
     mask = (torch.arange(10) >= torch.tensor([[0], [3], [7], [9]])).long()
@@ -79,7 +83,7 @@ def slow_greedy(target, draft, prompt, max_new_tokens, gamma, ends=()):
 
     def best(model, tokens):
         with torch.no_grad():
-            return int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+            return int(model(torch.tensor([tokens], device=model.device)).logits[0, -1].argmax())
 
     names = "rounds drafted accepted rejected never_judged target_calls generated cut".split()
     text, counts = [], dict.fromkeys(names, 0)
@@ -120,7 +124,7 @@ def slow_greedy(target, draft, prompt, max_new_tokens, gamma, ends=()):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_is_the_targets_own(pairs, prompts, name):
     target, half = pairs[name]
-    unrelated = build(name, seed=77)
+    unrelated = build(name, seed=77).to(target.device)
     ids, mask = prompts
     for row, gamma in ((0, 1), (1, 4), (2, 6)):
         prompt = ids[row : row + 1, mask[row].bool()]
@@ -354,7 +358,7 @@ def test_sampling_is_lossless(small, setting, gamma):
     10 cases."""
     target, draft, _ = small
     sampling = {"temperature": 1.0} | SETTINGS[setting]
-    prompt = torch.tensor([[1, 0, 3]])
+    prompt = torch.tensor([[1, 0, 3]], device=target.device)
     exact = enumerate_texts(target, prompt, 3, 5, **sampling)
     counts, stats = sample_counts(target, draft, prompt, 3, 5, 4000, gamma=gamma, **sampling)
     statistic, critical = chi_square(counts, exact * 4000)
@@ -394,10 +398,12 @@ def test_sampling_is_lossless_for_ragged_rows_with_end_tokens(small):
     """Left-padded prompts of three lengths decoded together, each until one of two end tokens or
     its own limit: every text against its exact probability; false alarms 1e-4 for each of 3."""
     target, draft, _ = small
-    ids, mask = left_pad([torch.tensor(row) for row in ([1, 0, 3, 2], [0, 1], [3])])
+    device = target.device
+    rows = [torch.tensor(row) for row in ([1, 0, 3, 2], [0, 1], [3])]
+    ids, mask = left_pad(rows, device)
     ends, limits, samples = [2, 4], [4, 3, 4], 3000
     settings = {"max_new_tokens": limits * samples, "eos_token_id": ends, "temperature": 1.0}
-    settings |= {"gamma": 3, "generator": torch.Generator().manual_seed(0)}
+    settings |= {"gamma": 3, "generator": torch.Generator(device).manual_seed(0)}
     batch = (ids.repeat(samples, 1), mask.repeat(samples, 1))
     out = speculative_generate(target, draft, *batch, **settings)
     for row, limit in enumerate(limits):

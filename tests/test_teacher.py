@@ -18,14 +18,14 @@ from history import History, Validation
 from settings import Method
 from teacher import BATCHES_A_BLOCK, Frozen, ReferenceLoss, TokenCache
 from tests.damage import DAMAGES
-from tests.launch import run_on_two_ranks
+from tests.launch import run_on_ranks
 from train import adaspec_step, distillation_step
 
 CPU = torch.device("cpu")
 
 
-def batch_of(examples, *rows):
-    return make_batch(examples, list(rows), CPU)
+def batch_of(examples, *rows, device=CPU):
+    return make_batch(examples, list(rows), device)
 
 
 def rows_seen(model):
@@ -226,7 +226,8 @@ def test_cache_is_the_target_bit_for_bit_on_equal_batches(make_model, examples, 
     model = make_model().to(train.DTYPES[dtype])
     frozen = Frozen(model, 400)
     order = sorted(range(60), key=lambda row: -len(examples[row].input_ids))
-    batches = [batch_of(examples, *order[start : start + 8]) for start in range(0, 60, 8)]
+    rows = [order[start : start + 8] for start in range(0, 60, 8)]
+    batches = [batch_of(examples, *part, device=model.device) for part in rows]
     expected = [frozen.hidden(batch) for batch in batches]
     cache = TokenCache(tmp_path, "fingerprint", examples, 32, train.DTYPES[dtype], 8)
     seen = rows_seen(model)
@@ -239,7 +240,7 @@ def test_cache_is_the_target_bit_for_bit_on_equal_batches(make_model, examples, 
 
 
 @pytest.mark.parametrize("architecture", ["neox", "llama", "phi", "codegen"])
-def test_caches_change_nothing(make_model, examples, tmp_path, architecture):
+def test_caches_change_nothing(make_model, examples, tmp_path, architecture, tolerance=1e-5):
     """Stage 2 from both caches: the loss of every step within 1e-5 of computing them anew."""
     losses = {False: [], True: []}
     for cached in losses:
@@ -251,7 +252,7 @@ def test_caches_change_nothing(make_model, examples, tmp_path, architecture):
             target.use(hidden, "target")
             kl = TokenCache(tmp_path / "reference", "b", examples[:24], 1, torch.float32, 5)
             seen = rows_seen(models[1])
-            reference_loss.use(kl, CPU, "reference")
+            reference_loss.use(kl, models[1].device, "reference")
 
         def step(*inputs, step_losses=losses[cached]):
             loss, count = adaspec_step(*inputs)
@@ -262,7 +263,7 @@ def test_caches_change_nothing(make_model, examples, tmp_path, architecture):
         inputs = target, reference_loss, Method("adaspec")
         train.train(make_model(architecture, seed=3), examples[:24], step, inputs, **settings)
     assert len(losses[True]) == 6 and sum(seen) == 24
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True] == pytest.approx(losses[False], rel=tolerance)
 
 
 # Two ranks
@@ -275,9 +276,9 @@ def flat(weights):
 
 
 @pytest.mark.slow
-def test_two_ranks(make_model, examples, tmp_path):
-    """One cache for both, with the target whole and with its layers spread over them; training to
-    the weights of one process; and a signal to one of them stops both."""
+def test_two_ranks(make_model, examples, tmp_path, count=2, tolerance=1e-5):
+    """One cache for all, with the target whole and with its layers spread over them; training to
+    the weights of one process; and a signal to one of them stops all."""
     examples = examples[:21]
     write_examples(tmp_path / "examples", examples)
     models = {
@@ -287,13 +288,15 @@ def test_two_ranks(make_model, examples, tmp_path):
     }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-    run_on_two_ranks("tests/two_ranks.py", tmp_path)
+    run_on_ranks("tests/two_ranks.py", tmp_path, count=count)
     results = {path.stem: load_file(path) for path in tmp_path.glob("*.safetensors")}
 
     target = Frozen(models["target"], 400)
-    values = torch.cat([target.hidden(batch_of(examples, row)) for row in range(21)])
+    device = models["target"].device
+    batches = [batch_of(examples, row, device=device) for row in range(21)]
+    values = torch.cat([target.hidden(batch) for batch in batches]).cpu()
     whole, sharded = results["whole"]["values"], results["sharded-21"]["values"]
-    torch.testing.assert_close(whole, values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole, values, rtol=tolerance, atol=tolerance)
     assert torch.equal(sharded, whole)
     first_rows = results["sharded-13"]["values"]
     assert torch.equal(first_rows, whole[: len(first_rows)])
@@ -315,12 +318,12 @@ def test_two_ranks(make_model, examples, tmp_path):
         summaries[name] = train.train(
             draft, examples, step, inputs, history=histories[name], **settings
         )
-        weights, expected = flat(results[name]), flat(draft.state_dict())
+        weights, expected = flat(results[name]), flat(draft.state_dict()).cpu()
         # not weight by weight: Adam's first steps are +-lr for a gradient that is but rounding
-        assert (weights - expected).norm() < 1e-5 * expected.norm(), name
+        assert (weights - expected).norm() < tolerance * expected.norm(), name
     for key, value in results["summary"].items():
-        assert value.item() == pytest.approx(summaries["adaspec"][key], rel=1e-4), key
+        assert value.item() == pytest.approx(summaries["adaspec"][key], rel=10 * tolerance), key
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     for line, expected in zip(lines, histories["adaspec"].lines, strict=True):
         for key in expected.keys() - {"seconds", "tokens_per_second"}:
-            assert line[key] == pytest.approx(expected[key], rel=1e-4), key
+            assert line[key] == pytest.approx(expected[key], rel=10 * tolerance), key

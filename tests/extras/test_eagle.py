@@ -218,9 +218,11 @@ def test_sampling_is_lossless(small, padded):
     """Every continuation of 4 tokens against its exact probability, rows decoded together; false
     alarms 1e-4 each."""
     target, head = small
-    prompts, mask = torch.tensor([[1, 0, 3], [4, 4, 2]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    device = target.device
+    prompts = torch.tensor([[1, 0, 3], [4, 4, 2]], device=device)
+    mask = torch.tensor([[1, 1, 1], [0, 0, 1]], device=device)
     rows = 2 if padded else 1
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     out = speculative_generate(
         target,
         head,
@@ -231,7 +233,7 @@ def test_sampling_is_lossless(small, padded):
         temperature=1.0,
         generator=generator,
     )
-    own = out.sequences[rows - 1 :: rows, 3:]
+    own = out.sequences[rows - 1 :: rows, 3:].cpu()
     code = (own * torch.tensor([125, 25, 5, 1])).sum(1)
     counts = torch.bincount(code, minlength=625).double()
     prompt = prompts[1:, 2:] if padded else prompts[:1]
@@ -326,7 +328,7 @@ def make_head(make_model, examples):
         target = make_model(architecture, seed=1, initializer_range=0.2)
         states = TargetStates(Frozen(target, 400), examples[:24])
         torch.manual_seed(seed)
-        head = Eagle(target, noise)
+        head = Eagle(target, noise).to(target.device)
         head.teacher = states
         return target, states, head
 
@@ -710,3 +712,26 @@ def test_flags_and_methods():
     flags = ["--preset", "tiny", "--pairs", "smollm2-eagle"]
     assert eagle.parse_arguments(flags)[0].pairs == ("smollm2-eagle",)
     assert [method.label for method in eagle.parse_arguments([])[1]] == ["DistillSpec", "AdaSPEC"]
+
+
+# On a GPU, as in tests/test_gpu.py
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+def test_sampling_is_lossless_on_a_gpu(small, device, padded):
+    target, head = copy.deepcopy(small)
+    test_sampling_is_lossless((target.to(device), head.to(device)), padded)
+
+
+@pytest.mark.gpu
+def test_bfloat16_follows_float32_on_a_gpu(make_head, make_model, examples, device):
+    def make_head_there(**settings):
+        target, states, head = make_head(**settings)
+        target.to(device)
+        return target, states, head.to(device)
+
+    def make_model_there(**sizes):
+        return make_model(**sizes).to(device)
+
+    test_bfloat16_follows_float32(make_head_there, make_model_there, examples)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from adaspec import adaspec_loss
 from data import collate, write_examples
 from tests.extras.trainer_ranks import ROWS, VOCABULARY, as_row, check_equal, make_trainer
-from tests.launch import run_on_two_ranks
+from tests.launch import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,4 +54,4 @@ def test_a_step_of_two_ranks_is_that_of_our_loop(make_model, examples, tmp_path)
     write_examples(tmp_path / "examples", examples)
     for seed, name in enumerate(("target", "reference", "draft")):
         make_model(seed=seed).save_pretrained(tmp_path / name)
-    run_on_two_ranks("tests/extras/trainer_ranks.py", tmp_path)
+    run_on_ranks("tests/extras/trainer_ranks.py", tmp_path)
