@@ -61,6 +61,9 @@ class CudaAsMeta(TorchFunctionMode):
             device = keywords.pop("device", None)
             tensor = function(*arguments, **keywords)
             return tensor if device is None else tensor.to(cuda_as_meta(device))
+        if function is torch.Tensor.__getitem__ and isinstance(arguments[1], list):
+            tensor, index = arguments  # likewise, and copied to where the tensor is
+            arguments = tensor, torch.tensor(index).to(META if on_gpu(tensor) else CPU)
         if function is torch.Tensor.__setitem__:
             tensor, index, value = arguments
             # a number for one place is copied there from the CPU; several places are filled
