@@ -20,7 +20,6 @@ WAITING = (
     aten.nonzero, aten.masked_select, aten.repeat_interleave, aten.bincount, aten._unique2,
 )  # fmt: skip
 COPIES = (aten._to_copy, aten.copy_)
-COMPOSITE = "CompositeImplicitAutograd"
 INDEXING = (aten.index, aten.index_put, aten.index_put_)
 
 
@@ -78,7 +77,7 @@ def cuda_as_meta(leaf):
 
 
 class Gpu(TorchDispatchMode):
-    """The GPU while it is there. `waits`: the operations in which the host has waited for it."""
+    """What the GPU does, and `waits`: the operations in which the host has waited for it."""
 
     def __init__(self):
         super().__init__()
@@ -92,10 +91,12 @@ class Gpu(TorchDispatchMode):
         if operation is aten.is_pinned:
             return self.is_pinned(arguments[0])
         if operation is aten._pin_memory:
-            return self.pin(arguments[0].clone())
-        if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), COMPOSITE):
-            with self:  # in inference mode such operations are not taken apart before
-                return function.decompose(*arguments, **keywords)
+            self.pinned.append(arguments[0].clone())
+            return self.pinned[-1]
+        with self:  # in inference mode, operations made of others come whole
+            output = function.decompose(*arguments, **keywords)
+        if output is not NotImplemented:
+            return output
         tensors = [leaf for leaf in tree_leaves((arguments, keywords)) if torch.is_tensor(leaf)]
         inputs = {id(tensor.values): tensor for tensor in tensors if on_gpu(tensor)}
         device = keywords.get("device") or (META if inputs else CPU)
@@ -107,20 +108,15 @@ class Gpu(TorchDispatchMode):
                 self.waits.append(str(function))
         if "device" in keywords:
             keywords["device"] = CPU
-        pin = keywords.pop("pin_memory", False)
         arguments, keywords = tree_map(values_of, (arguments, keywords))
         output = function(*arguments, **keywords)
         if device == CPU:
-            return self.pin(output) if pin else output
+            return output
         if operation is aten._to_copy and id(output) not in inputs:
             output = output.clone()  # memory of its own
         return tree_map(
             lambda leaf: inputs[id(leaf)] if id(leaf) in inputs else wrapped(leaf), output
         )
-
-    def pin(self, tensor):
-        self.pinned.append(tensor)
-        return tensor
 
     def is_pinned(self, tensor) -> bool:
         return any(tensor.data_ptr() == pinned.data_ptr() for pinned in self.pinned)
@@ -165,7 +161,7 @@ def check_devices(function, arguments, tensors) -> None:
 
 
 def to_gpu(model):
-    """The model with its weights and buffers on the GPU, in place; only inside `with Gpu()`."""
+    """The model with its weights and buffers on the GPU, in place (ties apart: there are none)."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -178,6 +174,6 @@ def to_gpu(model):
 
 @contextmanager
 def pretended_gpu():
-    """The `Gpu`, as long as it is there."""
+    """A GPU inside the `with` block: the Gpu."""
     with CudaAsMeta(), Gpu() as gpu:
         yield gpu
