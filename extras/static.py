@@ -81,13 +81,13 @@ class StaticModel:
         length: tokens that a prompt and its continuation can have together. Every step reads all
             slots of the cache, so not many more than needed.
         rows: of the largest batch; each step computes so many.
-        compiled: False runs all in eager mode, for tests.
+        backend: of torch.compile; None runs all in eager mode.
 
     Raises:
         ValueError: a model of another kind; a length beyond its context.
     """
 
-    def __init__(self, model, length: int, rows: int = 1, compiled: bool = True):
+    def __init__(self, model, length: int, rows: int = 1, backend: str | None = "inductor"):
         name = type(model).__name__
         attention = model.config._attn_implementation
         if attention not in ("eager", "sdpa"):
@@ -109,9 +109,11 @@ class StaticModel:
         layers = [SlotLayer(length, self.starts) for _ in range(model.config.num_hidden_layers)]
         self.cache = Cache(layers)
         self.decode = scores
-        if compiled:
+        if backend is not None:
+            mode = "reduce-overhead" if backend == "inductor" else None
+            # models share the compiled function's code: isolated, each has a limit of its own
             self.decode = torch.compile(
-                scores, fullgraph=True, dynamic=False, mode="reduce-overhead",
+                scores, fullgraph=True, dynamic=False, backend=backend, mode=mode,
                 isolate_recompiles=True,
             )  # fmt: skip
 
