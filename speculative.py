@@ -331,9 +331,8 @@ def inference(*models):
     for module in training:
         module.training = False
     for module in thin:
-        module.forward = MethodType(
-            thin_linear, module
-        )  # not partial: torch.compile knows it again
+        # a method, no partial: torch.compile knows it again at the next decoding
+        module.forward = MethodType(thin_linear, module)
     try:
         with torch.inference_mode():
             yield

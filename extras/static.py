@@ -148,21 +148,25 @@ class StaticLane(Lane):
         self.static = static
         self.cache = static.cache
         self.rows = torch.arange(len(input_ids), device=self.device)  # of the cache, of each row
-        self.scores = scores  # reads the prompt, which may have any length: in eager mode
+        self.has_prompt = False
 
     def forward(self, tokens, keep=1):
         n = tokens.shape[1]
-        width = n if self.scores is scores else 1 << (n - 1).bit_length()
+        if self.has_prompt:
+            width, decode = 1 << (n - 1).bit_length(), self.static.decode
+        else:  # of any length: in eager mode
+            width, decode = n, scores
+        self.has_prompt = True
         fed = tokens.new_zeros(self.static.rows, width)
         fed[self.rows, :n] = tokens
         starts = torch.tensor(self.lengths, device=self.device)[:, None]
-        with torch.inference_mode(False), torch.no_grad():  # caches that outlive a call
+        # the caches outlive this decoding, and so must be no tensors of inference mode
+        with torch.inference_mode(False), torch.no_grad():
             self.static.starts[self.rows] = starts
             torch.compiler.cudagraph_mark_step_begin()
-            logits = self.scores(self.model, self.cache, self.static.starts, fed, keep + width - n)
+            logits = decode(self.model, self.cache, self.static.starts, fed, keep + width - n)
             # a copy: the next run of a graph overwrites what this one gave out
             logits = logits[self.rows, :keep, : self.vocab_size]
-        self.scores = self.static.decode
         self.lengths = [length + n for length in self.lengths]
         return logits
 

@@ -65,7 +65,7 @@ def test_the_last_position_of_the_context_is_reached(prompts, name):
     target = build(name, seed=5, context=32)
     draft = noised(target)
     ids = prompts[0][:2]
-    settings = {"max_new_tokens": 22, "gamma": 4}
+    settings = {"max_new_tokens": 22, "gamma": 8}
     expected = speculative_generate(target, draft, ids, **settings)
     assert expected.stats.rejected > 2 and 0 < expected.stats.alpha < 1
     models = static((target, draft), 32, rows=3)
