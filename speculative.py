@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import zip_longest
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -308,7 +309,12 @@ def make_lanes(target, draft, *prompt) -> tuple[Lane, Lane | None]:
     """The lanes of target and draft; `prompt` is what a Lane takes beside its model."""
     if hasattr(draft, "lanes"):
         return draft.lanes(target, *prompt)
-    return Lane(target, *prompt), None if draft is None else Lane(draft, *prompt)
+    return make_lane(target, *prompt), None if draft is None else make_lane(draft, *prompt)
+
+
+def make_lane(model, *prompt) -> Lane:
+    """A model's own kind of lane, where it has one (extras/static.py)."""
+    return model.lane(*prompt) if hasattr(model, "lane") else Lane(model, *prompt)
 
 
 @contextmanager
@@ -325,7 +331,8 @@ def inference(*models):
     for module in training:
         module.training = False
     for module in thin:
-        module.forward = partial(thin_linear, module)
+        # a method, no partial: torch.compile knows it again at the next decoding
+        module.forward = MethodType(thin_linear, module)
     try:
         with torch.inference_mode():
             yield
