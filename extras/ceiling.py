@@ -12,9 +12,10 @@ to first order, and per unit of the learning rate,
 theirs from one derivative of their losses along P grad A, in forward mode. An oracle that selects
 by it knows the held-out rows, as no selector does.
 
-Three parts a seed: real steps against this prediction; at several moments of training, what the
-oracle and other scores would gain in a step; and drafts trained on what each of them selects. What
-is finished is kept under --out, and the same command goes on after it. The drafts are small ones:
+Three parts: real steps against this prediction and, at several moments of training, what the oracle
+and other scores would gain in a step, with the first seed; and drafts trained on what each of them
+selects, with every seed. What is finished is kept under --out, and the same command goes on after
+it. The drafts are small ones:
 the logits of a whole batch exist at one time.
 """
 
@@ -22,6 +23,7 @@ import interrupt  # noqa: F401 -- first: it makes Ctrl-C during the other import
 
 # isort: split
 
+import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -45,7 +47,7 @@ from cells import (
     reference_method,
     target_plan,
 )
-from cli import Parser, folder, numbers, one_of, run_command, some_of, whole
+from cli import Parser, decimal, folder, numbers, one_of, run_command, some_of, whole
 from data import TASKS, Batch, batches, collate, make_batch
 from distillspec import DIVERGENCES
 from extras import measure
@@ -62,7 +64,11 @@ from teacher import Frozen, ReferenceLoss, token_loss
 from train import distillation_step, fine_tuning_step
 
 EPS = 1e-8  # Adam's
-CHOICES = ("all", "oracle", "plain-oracle", "gap", "loss", "random")  # of tokens to train on
+STEPPED_ON = 3  # held-out batches that real steps are judged on
+SQUARED = 16  # training batches that give v
+SHARES = (1.0, 0.1)  # of the length of a training step
+COLUMNS = ("effect", *(f"step x {share:g}" for share in SHARES))
+CHOICES = ("oracle", "plain-oracle", "gap", "loss", "random")  # of the tokens to train on
 
 # a batch, and what its tokens are held against: (signal, loss) of teacher.token_loss
 Part = tuple[Batch, tuple[Callable, Callable]]
@@ -143,12 +149,14 @@ def simple_scores(head: Head, hidden: Tensor, batch: Batch, target, reference, n
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, of two tensors [N]; equal values have the mean of their ranks."""
+    """Spearman's, of two tensors [N]; equal values have the mean of their ranks. 0 where all of
+    one are equal."""
     ranks = []
     for values in (a, b):
         _, places, counts = np.unique(values.numpy(), return_inverse=True, return_counts=True)
         ranks.append((counts.cumsum() - (counts - 1) / 2)[places])
-    return float(np.corrcoef(*ranks)[0, 1])
+    constant = any(np.ptp(values) == 0 for values in ranks)
+    return 0.0 if constant else float(np.corrcoef(*ranks)[0, 1])
 
 
 def length(vector: dict[str, Tensor]) -> float:
@@ -169,18 +177,24 @@ def mean_squares(losses: TokenLosses, parts: Sequence[Part]) -> dict[str, Tensor
 
 
 def measure_moment(
-    losses: TokenLosses, parts: Sequence[Part], held_out: Sequence[Part], target, reference, method
+    losses: TokenLosses,
+    parts: Sequence[Part],
+    held_out: Sequence[Part],
+    squares: dict[str, Tensor],
+    target,
+    reference,
+    method: Method,
 ) -> dict:
     """By score, over the tokens of the batches `parts`: the rank correlation with the effects; the
-    effect of the top k, relative to that of all tokens, in the mean; and the same for real steps
-    of the length that the step on all tokens has, at the rate `method.lr`.
+    effect of the top k, relative to that of all tokens, in the mean; and the same for real steps,
+    each as long as the one on all tokens at the rate `method.lr`, or a share of it.
 
     Effects and A are those of one half of the held-out batches; the oracles know the other half,
     so that none is credited with the noise of its own rows."""
-    squares = mean_squares(losses, parts)
     known, judged = (acceptance_gradient(losses, held_out[half::2]) for half in (0, 1))
     weights = losses.weights()
-    before = acceptance(losses, weights, held_out[1::2])
+    stepped_on = held_out[1::2][:STEPPED_ON]
+    before = acceptance(losses, weights, stepped_on)
     scores, effect, gained = [], [], {}
     for part in parts:
         batch, held_against = part
@@ -188,45 +202,52 @@ def measure_moment(
         own = {"oracle": effects(losses, part, scaled(known, squares))}
         own["plain-oracle"] = effects(losses, part, known)
         own |= simple_scores(losses.head, hidden, batch, target, reference, method.gap)
-        effect.append(effects(losses, part, scaled(judged, squares)))
         scores.append(own)
+        effect.append(effects(losses, part, scaled(judged, squares)))
         values = losses(batch, *held_against)
-        all_tokens = torch.arange(len(values))
         count = selected_count(len(values), method.k)
-        chosen = {"all": all_tokens} | {name: own[name].topk(count).indices for name in own}
+        chosen = {"all": torch.arange(len(values))}
+        chosen |= {name: score.topk(count).indices for name, score in own.items()}
         steps = {
             name: scaled(losses.gradient(values[rows].mean()), squares)
             for name, rows in chosen.items()
         }
         for name, rows in chosen.items():
-            rate = method.lr * length(steps["all"]) / length(steps[name])
-            after = acceptance(losses, moved(weights, steps[name], rate), held_out[1::2])
-            gains = (effect[-1][rows].mean().item(), after - before)
+            step = steps[name]
+            rate = method.lr * length(steps["all"]) / length(step)
+            gains = [effect[-1][rows].mean().item()]
+            for share in SHARES:
+                after = acceptance(losses, moved(weights, step, share * rate), stepped_on)
+                gains.append(after - before)
             gained.setdefault(name, []).append(gains)
     together = torch.cat(effect)
+    means = {name: np.mean(gains, axis=0) for name, gains in gained.items()}
     result = {"acceptance": before, "harmful": (together < 0).double().mean().item()}
+    result["all"] = dict(zip(COLUMNS, means["all"].tolist(), strict=True))
     result["scores"] = {}
-    first_order, real = np.mean(gained["all"], axis=0)
-    result["step on all tokens"] = real
     for name in scores[0]:
         row = {"correlation": rank_correlation(torch.cat([s[name] for s in scores]), together)}
-        means = np.mean(gained[name], axis=0)
-        row |= {"effect": means[0] / first_order, "step": means[1] / real}
-        result["scores"][name] = row
+        relative = (means[name] / means["all"]).tolist()
+        result["scores"][name] = row | dict(zip(COLUMNS, relative, strict=True))
     return result
 
 
 def check_steps(
-    losses: TokenLosses, part: Part, held_out: Sequence[Part], rate: float, count: int
+    losses: TokenLosses,
+    part: Part,
+    held_out: Sequence[Part],
+    squares: dict[str, Tensor],
+    rate: float,
+    count: int,
 ) -> dict:
-    """How far the effects foretell real steps, in float64 and as Adam scales them: `token`, a step
-    on a token alone, 1 / N as long as in a batch; `leave-out`, the step on the whole batch with the
-    token and without it; `tenth`, the whole step on one of ten groups, from the worst to the best.
+    """How far the effects foretell real steps, in float64 and as Adam scales them, each token with
+    the weight that it has in a batch: `token`, a step on one alone; `token left out`, the step on
+    the whole batch with it and without it; `tenth` and `tenth left out`, the same for ten groups,
+    from the worst to the best.
 
     Each as (predicted, real) pairs of changes of A, with Pearson's correlation and the slope.
     """
     batch, held_against = part
-    squares = mean_squares(losses, [part])
     direction = scaled(acceptance_gradient(losses, held_out), squares)
     predicted = effects(losses, part, direction).double()
     values = losses(batch, *held_against)
@@ -245,16 +266,16 @@ def check_steps(
     tokens, size = len(values), rate / len(values)
     whole_step = (step_on(torch.arange(tokens)), size)
     before, with_all = after(), after(whole_step)
-    pairs = {"token": [], "leave-out": [], "tenth": []}
-    for token in torch.randperm(tokens)[:count].tolist():
-        step = step_on(token)
-        change = size * predicted[token].item()
-        pairs["token"].append((change, after((step, size)) - before))
-        pairs["leave-out"].append((change, with_all - after(whole_step, (step, -size))))
-    for group in predicted.argsort().chunk(10):
-        change = rate * predicted[group].mean().item()
-        real = after((step_on(group), rate / len(group))) - before
-        pairs["tenth"].append((change, real))
+    sample = torch.randperm(tokens)[:count].split(1)
+    pairs = {}
+    for name, groups in (("token", sample), ("tenth", predicted.argsort().tensor_split(10))):
+        for group in groups:
+            step = step_on(group)
+            change = size * predicted[group].sum().item()
+            alone = after((step, size)) - before
+            pairs.setdefault(name, []).append((change, alone))
+            left_out = with_all - after(whole_step, (step, -size))
+            pairs.setdefault(f"{name} left out", []).append((change, left_out))
     return {name: {"pairs": each, **agreement(each)} for name, each in pairs.items()}
 
 
@@ -289,9 +310,8 @@ class ChosenTokens:
         held_against = token_loss(method.divergence, target, batch)
         rows = None
         if self.choice != "all":
-            score = self.score(
-                student.head, hidden, (batch, held_against), target, reference, method
-            )
+            inputs = ((batch, held_against), target, reference, method)
+            score = self.score(student.head, hidden, *inputs)
             rows = select_tokens(score, method.k).nonzero().squeeze(-1)
         self.steps += 1
         loss = student.head.loss(hidden, *held_against, rows)
@@ -403,11 +423,12 @@ class Study:
         vocab_size = len(self.cell.tokenizer)
         frozen = Frozen(self.load(self.models["reference"]), vocab_size)
         reference = ReferenceLoss(frozen, self.target, self.method.gap)
+        squares = mean_squares(losses, self.batches(SQUARED))
         parts = self.batches(self.args.batches)
-        inputs = (self.target, reference, self.method)
+        inputs = (squares, self.target, reference, self.method)
         record = {"passes": passes, **measure_moment(losses, parts, self.held_out, *inputs)}
-        held_out = self.held_out[:: max(1, len(self.held_out) // 8)]
-        record["check"] = check_steps(losses, parts[0], held_out, self.method.lr, self.args.checked)
+        inputs = (squares, self.method.lr, self.args.checked)
+        record["check"] = check_steps(losses, parts[0], self.held_out[:STEPPED_ON], *inputs)
         return record
 
     def variant(self, divergence: str, choice: str) -> dict:
@@ -426,8 +447,8 @@ class Study:
 
 def study_protocol(args) -> dict:
     """All that results hang on, but the seed."""
-    names = "pair task limit epochs k losses moments held_out eval_rows refresh sample batches"
-    return {name: getattr(args, name) for name in [*names.split(), "checked"]}
+    names = "pair task limit epochs k held_out eval_rows refresh sample batches checked"
+    return {name: getattr(args, name) for name in names.split()}
 
 
 def run_seed(args, seed: int) -> dict:
@@ -447,11 +468,11 @@ def run_seed(args, seed: int) -> dict:
         )
     study = Study(cell, args)
     records = {"moments": [], "variants": []}
-    for passes in args.moments:
+    for passes in args.moments if seed == args.seeds[0] else ():
         record = study.once(f"moment-{passes}", lambda passes=passes: study.moment(passes))
         records["moments"].append(record)
     for divergence in args.losses:
-        for choice in CHOICES:
+        for choice in ("all", *args.choices):
             record = study.once(
                 f"{choice}-{divergence}", lambda inputs=(divergence, choice): study.variant(*inputs)
             )
@@ -487,13 +508,21 @@ def moment_table(moments: Sequence[dict]) -> list[str]:
         for name in records[0]["scores"]:
             rows = [record["scores"][name] for record in records]
             cells = [str(passes), name]
-            for key in ("correlation", "effect", "step"):
+            for key in ("correlation", *COLUMNS):
                 cells.append(f"{statistics.mean(row[key] for row in rows):.2f}")
             lines.append(" | ".join(cells))
-    return grid("passes | score | correlation | effect, of all | step, of all", lines)
+    return grid(" | ".join(["passes", "score", "correlation", *COLUMNS]), lines)
 
 
 # The command line
+
+
+def three_epochs(text: str) -> tuple[int, ...]:
+    """The type of --epochs."""
+    epochs = numbers(text)
+    if len(epochs) != 3 or min(epochs) < 1:
+        raise argparse.ArgumentTypeError(f"must be three numbers of at least 1, got {text!r}")
+    return epochs
 
 
 def parse_arguments(argv):
@@ -506,16 +535,19 @@ def parse_arguments(argv):
     add("--pair", type=one_of(scratch), default="tiny", help=f"of {', '.join(scratch)}")
     add("--task", type=one_of(TASKS), default="gsm8k", help=f"of {', '.join(TASKS)}")
     add("--limit", type=whole(), default=1000, help="training rows")
-    add("--epochs", type=numbers, default="3,3,3", help="of target, reference, draft")
-    add("--k", type=float, default=0.4, help="fraction of tokens selected")
+    add("--epochs", type=three_epochs, default="3,3,3", help="of target, reference, draft")
+    add("--k", type=decimal(0, 1, above=True), default=0.4, help="fraction of tokens selected")
     add("--losses", type=some_of(DIVERGENCES), default="fkl,tvd", help="drafts are trained on")
-    add("--moments", type=numbers, default="0,1,3,10", help="passes after which scores are judged")
+    names = ",".join(CHOICES)
+    add("--choices", type=some_of(CHOICES), default=names, help="of tokens to train on, beside all")
+    help_ = "passes after which scores are judged, with the first seed"
+    add("--moments", type=numbers, default="0,1,3,10", help=help_)
     add("--held-out", type=whole(), default=400, help="validation rows that the oracle knows")
     add("--eval-rows", type=whole(), default=600, help="test rows that drafts are evaluated on")
-    add("--refresh", type=whole(), default=4, help="steps until the oracle's gradient is new")
+    add("--refresh", type=whole(), default=8, help="steps until the oracle's gradient is new")
     add("--sample", type=whole(), default=8, help="held-out batches that it is formed on")
-    add("--batches", type=whole(), default=8, help="training batches that a moment looks at")
-    add("--checked", type=whole(2), default=40, help="tokens with real steps, at a moment")
+    add("--batches", type=whole(), default=4, help="training batches that a moment looks at")
+    add("--checked", type=whole(2), default=30, help="tokens with real steps, at a moment")
     add("--json", help="write all figures to this file")
     return measure.parse(parser, argv)
 
