@@ -185,9 +185,9 @@ def measure_moment(
     reference,
     method: Method,
 ) -> dict:
-    """By score, over the tokens of the batches `parts`: the rank correlation with the effects; the
-    effect of the top k, relative to that of all tokens, in the mean; and the same for real steps,
-    each as long as the one on all tokens at the rate `method.lr`, or a share of it.
+    """By score, over the tokens of the batches `parts`: the rank correlation with the effects, the
+    mean effect of the top k, and by how much A changes in real steps on them, each as long as the
+    one on all tokens at the rate `method.lr`, or a share of it. The same for all tokens.
 
     Effects and A are those of one half of the held-out batches; the oracles know the other half,
     so that none is credited with the noise of its own rows."""
@@ -223,12 +223,12 @@ def measure_moment(
     together = torch.cat(effect)
     means = {name: np.mean(gains, axis=0) for name, gains in gained.items()}
     result = {"acceptance": before, "harmful": (together < 0).double().mean().item()}
-    result["all"] = dict(zip(COLUMNS, means["all"].tolist(), strict=True))
-    result["scores"] = {}
+    result["scores"] = {
+        name: dict(zip(COLUMNS, means[name].tolist(), strict=True)) for name in means
+    }
     for name in scores[0]:
-        row = {"correlation": rank_correlation(torch.cat([s[name] for s in scores]), together)}
-        relative = (means[name] / means["all"]).tolist()
-        result["scores"][name] = row | dict(zip(COLUMNS, relative, strict=True))
+        correlation = rank_correlation(torch.cat([own[name] for own in scores]), together)
+        result["scores"][name]["correlation"] = correlation
     return result
 
 
@@ -501,17 +501,18 @@ def variant_table(variants: Sequence[dict]) -> list[str]:
 
 
 def moment_table(moments: Sequence[dict]) -> list[str]:
-    """A line a moment and score: means over the seeds."""
+    """A line a moment and score: its correlation with the effects, the effect of its top k relative
+    to that of all tokens, the changes of A in real steps in points."""
     lines = []
-    for passes in dict.fromkeys(record["passes"] for record in moments):
-        records = [record for record in moments if record["passes"] == passes]
-        for name in records[0]["scores"]:
-            rows = [record["scores"][name] for record in records]
-            cells = [str(passes), name]
-            for key in ("correlation", *COLUMNS):
-                cells.append(f"{statistics.mean(row[key] for row in rows):.2f}")
+    for record in moments:
+        usual = record["scores"]["all"]["effect"]
+        for name, row in record["scores"].items():
+            cells = [str(record["passes"]), name]
+            cells += [f"{row['correlation']:.2f}" if "correlation" in row else ""]
+            cells += [f"{row['effect'] / usual:.2f}"]
+            cells += [f"{100 * row[key]:+.3f}" for key in COLUMNS[1:]]
             lines.append(" | ".join(cells))
-    return grid(" | ".join(["passes", "score", "correlation", *COLUMNS]), lines)
+    return grid(" | ".join(["passes", "tokens", "correlation", *COLUMNS]), lines)
 
 
 # The command line
