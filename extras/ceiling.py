@@ -15,8 +15,7 @@ by it knows the held-out rows, as no selector does.
 Three parts: real steps against this prediction and, at several moments of training, what the oracle
 and other scores would gain in a step, with the first seed; and drafts trained on what each of them
 selects, with every seed. What is finished is kept under --out, and the same command goes on after
-it. The drafts are small ones:
-the logits of a whole batch exist at one time.
+it. The drafts are small ones: the logits of a whole batch exist at one time.
 """
 
 import interrupt  # noqa: F401 -- first: it makes Ctrl-C during the other imports one line
@@ -61,12 +60,14 @@ from stages import fit
 from storage import Model
 from tables import grid, interval
 from teacher import Frozen, ReferenceLoss, token_loss
-from train import distillation_step, fine_tuning_step
+from train import distillation_step, fine_tuning_step, target_entropy
 
 EPS = 1e-8  # Adam's
 STEPPED_ON = 3  # held-out batches that real steps are judged on
 SQUARED = 16  # training batches that give v
-SHARES = (1.0, 0.1)  # of the length of a training step
+# Lengths of real steps, in lr times P times the gradient of one batch. AdamW's own steps are 1.0 long
+# at first and about 0.25 after a pass (tiny, gsm8k), since momentum averages the batches' noise away
+SHARES = (0.25, 0.1)
 COLUMNS = ("effect", *(f"step x {share:g}" for share in SHARES))
 CHOICES = ("oracle", "plain-oracle", "gap", "loss", "random")  # of the tokens to train on
 
@@ -137,13 +138,12 @@ def simple_scores(head: Head, hidden: Tensor, batch: Batch, target, reference, n
     """What a selector could rank the tokens by, [N] each; `name` is the divergence of the gap."""
     p_logits, q_logits = target.head(target.hidden(batch)), head(hidden)
     loss = DIVERGENCES[name](p_logits, q_logits)
-    log_p = p_logits.log_softmax(-1)
     return {
         "gap": loss - reference.losses(batch),
         "loss": loss,
         "rejection": DIVERGENCES["tvd"](p_logits, q_logits),
         "disagreement": (p_logits.argmax(-1) != q_logits.argmax(-1)).float(),
-        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "entropy": target_entropy(p_logits, q_logits),
         "random": torch.rand_like(loss),
     }
 
@@ -187,7 +187,7 @@ def measure_moment(
 ) -> dict:
     """By score, over the tokens of the batches `parts`: the rank correlation with the effects, the
     mean effect of the top k, and by how much A changes in real steps on them, each as long as the
-    one on all tokens at the rate `method.lr`, or a share of it. The same for all tokens.
+    one on all tokens at a share of the rate `method.lr`. The same for all tokens.
 
     Effects and A are those of one half of the held-out batches; the oracles know the other half,
     so that none is credited with the noise of its own rows."""
@@ -427,7 +427,7 @@ class Study:
         parts = self.batches(self.args.batches)
         inputs = (squares, self.target, reference, self.method)
         record = {"passes": passes, **measure_moment(losses, parts, self.held_out, *inputs)}
-        inputs = (squares, self.method.lr, self.args.checked)
+        inputs = (squares, SHARES[0] * self.method.lr, self.args.checked)
         record["check"] = check_steps(losses, parts[0], self.held_out[:STEPPED_ON], *inputs)
         return record
 
