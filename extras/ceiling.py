@@ -65,8 +65,8 @@ from train import distillation_step, fine_tuning_step, target_entropy
 EPS = 1e-8  # Adam's
 STEPPED_ON = 3  # held-out batches that real steps are judged on
 SQUARED = 16  # training batches that give v
-# Lengths of real steps, in lr times P times the gradient of one batch. AdamW's own steps are 1.0 long
-# at first and about 0.25 after a pass (tiny, gsm8k), since momentum averages the batches' noise away
+# Lengths of real steps, in lr times P times the gradient of a batch. AdamW's own are 1.0 long at
+# first and about 0.25 after a pass (tiny, gsm8k): momentum averages the noise of batches away
 SHARES = (0.25, 0.1)
 COLUMNS = ("effect", *(f"step x {share:g}" for share in SHARES))
 CHOICES = ("oracle", "plain-oracle", "gap", "loss", "random")  # of the tokens to train on
