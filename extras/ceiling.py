@@ -291,7 +291,8 @@ def agreement(pairs: Sequence[tuple[float, float]]) -> dict:
 
 class ChosenTokens:
     """A step of `train.train`: as adaspec_step, with the tokens that `choice` ranks highest. The
-    oracles' grad A is formed anew every `refresh` steps, on the next `sample` held-out batches."""
+    oracles' grad A is formed anew every `refresh` steps, on the next `sample` held-out batches.
+    It must be fresh: an old one goes on to ask for what the last steps have done already."""
 
     def __init__(self, choice: str, held_out: Sequence[Part], refresh: int, sample: int):
         self.choice = choice
@@ -433,9 +434,10 @@ class Study:
 
     def variant(self, divergence: str, choice: str) -> dict:
         """A draft trained on the tokens of a choice, evaluated."""
-        name = f"ceiling-{choice}-{divergence}"
-        protocol = storage.fingerprint(study_protocol(self.args))
-        step = ChosenTokens(choice, self.held_out, self.args.refresh, self.args.sample)
+        args = self.args
+        step = ChosenTokens(choice, self.held_out, args.refresh, args.sample)
+        name = f"ceiling-{variant_name(args, divergence, choice)}"
+        protocol = storage.fingerprint(study_protocol(args))
         method = replace(self.method, divergence=divergence, gap=divergence)
         draft = train_variant(self.cell, f"{name}-{protocol[:8]}", step, method, self.models)
         networks = (self.load(self.models["target"]), self.load(draft))
@@ -446,9 +448,15 @@ class Study:
 
 
 def study_protocol(args) -> dict:
-    """All that results hang on, but the seed."""
-    names = "pair task limit epochs k held_out eval_rows refresh sample batches checked"
+    """All that results hang on, but the seed, and what `variant_name` says."""
+    names = "pair task limit epochs k held_out eval_rows batches checked"
     return {name: getattr(args, name) for name in names.split()}
+
+
+def variant_name(args, divergence: str, choice: str) -> str:
+    """With how the gradient is formed that an oracle asks."""
+    name = f"{choice}-{divergence}"
+    return f"{name}-{args.refresh}-{args.sample}" if "oracle" in choice else name
 
 
 def run_seed(args, seed: int) -> dict:
@@ -468,15 +476,15 @@ def run_seed(args, seed: int) -> dict:
         )
     study = Study(cell, args)
     records = {"moments": [], "variants": []}
+    for divergence in args.losses:
+        for choice in ("all", *args.choices):
+            inputs = (divergence, choice)
+            name = variant_name(args, *inputs)
+            record = study.once(name, lambda inputs=inputs: study.variant(*inputs))
+            records["variants"].append(record)
     for passes in args.moments if seed == args.seeds[0] else ():
         record = study.once(f"moment-{passes}", lambda passes=passes: study.moment(passes))
         records["moments"].append(record)
-    for divergence in args.losses:
-        for choice in ("all", *args.choices):
-            record = study.once(
-                f"{choice}-{divergence}", lambda inputs=(divergence, choice): study.variant(*inputs)
-            )
-            records["variants"].append(record)
     return records
 
 
@@ -545,8 +553,8 @@ def parse_arguments(argv):
     add("--moments", type=numbers, default="0,1,3,10", help=help_)
     add("--held-out", type=whole(), default=400, help="validation rows that the oracle knows")
     add("--eval-rows", type=whole(), default=600, help="test rows that drafts are evaluated on")
-    add("--refresh", type=whole(), default=8, help="steps until the oracle's gradient is new")
-    add("--sample", type=whole(), default=8, help="held-out batches that it is formed on")
+    add("--refresh", type=whole(), default=1, help="steps until the oracle's gradient is new")
+    add("--sample", type=whole(), default=3, help="held-out batches that it is formed on")
     add("--batches", type=whole(), default=4, help="training batches that a moment looks at")
     add("--checked", type=whole(2), default=30, help="tokens with real steps, at a moment")
     add("--json", help="write all figures to this file")
@@ -562,7 +570,8 @@ def main(argv=None) -> None:
             for kind, rows in run_seed(args, seed).items():
                 records[kind] += rows
     print("\n".join([*moment_table(records["moments"]), "", *variant_table(records["variants"])]))
-    measure.save(args, {"protocol": study_protocol(args), "seeds": args.seeds, **records})
+    protocol = study_protocol(args) | {"refresh": args.refresh, "sample": args.sample}
+    measure.save(args, {"protocol": protocol, "seeds": args.seeds, **records})
 
 
 if __name__ == "__main__":
