@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from cli import Parser, run_command
+from extras.ceiling import moment_table, variant_table
 from extras.figures import distinct, figures, histories
 from extras.measure import portable
 from extras.studies import (
@@ -234,6 +235,18 @@ def study_text(path: Path, study: dict) -> str:
     return "\n\n".join(parts)
 
 
+def ceiling_text(path: Path, record: dict) -> str:
+    """The study of extras.ceiling; "note", what it shows, was written into its file."""
+    check_portable(record)
+    parts = ["## The ceiling of any selector", record["note"]]
+    parts += ["\n".join(variant_table(record["variants"]))]
+    parts += ["\n".join(moment_table(record["moments"])), command_text(record)]
+    versions = "commit {git}, Python {python}, torch {torch}, transformers {transformers}"
+    versions = versions.format(git=record["git"], **record["machine"])
+    file = f"[`results/{path.name}`](../results/{path.name})"
+    return "\n\n".join([*parts, f"Figures of every seed, real steps too: {file}, {versions}."])
+
+
 def benchmark_text(benchmarks: dict[Path, dict]) -> str:
     """What else is in results/, with its commands."""
     pages = "[training cost](training-cost.md), [decoding](decoding.md), [serving](serving.md)"
@@ -250,11 +263,13 @@ def results_page(folder: Path) -> str:
     records = {path: load_json(path) for path in sorted(folder.glob("*.json"))}
     studies = [(path, record) for path, record in records.items() if "study" in record]
     studies.sort(key=lambda item: (item[1].get("order", sys.maxsize), item[1]["study"]))
+    ceilings = {path: record for path, record in records.items() if "moments" in record}
     benchmarks = {path: record for path, record in records.items() if "command" in record}
     parts = [INTRODUCTION]
     for path, study in studies:
         check_study(study)
         parts.append(study_text(path, study))
+    parts += [ceiling_text(path, benchmarks.pop(path)) for path in ceilings]
     if benchmarks:
         parts.append(benchmark_text(benchmarks))
     return "\n\n".join(parts) + "\n"
