@@ -21,6 +21,7 @@ from cli import Parser, run_command
 from extras.ceiling import moment_table, variant_table
 from extras.figures import distinct, figures, histories
 from extras.measure import portable
+from extras.selection_map import opening
 from extras.studies import (
     PROTOCOL,
     VERSIONS,
@@ -38,10 +39,11 @@ from tables import grid, in_order, interval, table_order, terminal_text, told_ap
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path("docs", "results.md")
+TITLE = "# Results"
 INTRODUCTION = """\
-# Results
+## This page
 
-This page holds every measured comparison of the project: what was compared, under which
+It holds every measured comparison of the project: what was compared, under which
 conditions, what came out, and the command that does it again. It is generated: each study below
 is a file of `results/`, `python -m extras.report` writes the page from those files, and a test
 keeps the two together. The findings in short are in the [README](../README.md).
@@ -265,7 +267,7 @@ def results_page(folder: Path) -> str:
     studies.sort(key=lambda item: (item[1].get("order", sys.maxsize), item[1]["study"]))
     ceilings = {path: record for path, record in records.items() if "moments" in record}
     benchmarks = {path: record for path, record in records.items() if "command" in record}
-    parts = [INTRODUCTION]
+    parts = [TITLE, *opening(folder), INTRODUCTION]
     for path, study in studies:
         check_study(study)
         parts.append(study_text(path, study))

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from extras.ceiling import variant_table
 from extras.figures import COLOURS, MARKERS, distinct, draw_points, new_figure, save_figure
-from extras.studies import gains, load_run, rows_by_draft
+from extras.studies import gains, load_json, load_run, rows_by_draft
 from tables import grid, interval, mean_interval
 
 COMPARED = {"equal passes of the draft": 1, "equal passes in all": 2}
@@ -31,6 +32,20 @@ CONTROLS = {  # labels of the comparison "controls", in words
     "AdaSPEC select=disagree": "40%, argmaxes that differ first",
     "AdaSPEC select=agree": "40%, argmaxes that agree first",
 }
+
+
+LEGEND = """\
+## Where selection wins: the map
+
+AdaSPEC learns from the 40% of the tokens with the largest gap between its loss and that of a
+reference, DistillSpec from all of them. Each number below is what the first has over the second (or
+over another choice of tokens) in acceptance, alpha; positive: selection wins. Brackets: 95%
+intervals over seeds, paired. One small target, trained from scratch on gsm8k, and drafts of one
+layer: the paper's pairs were not run, and the map says nothing of what lies beyond its edges."""
+MAP = """\
+### Across passes and capacity
+
+![AdaSPEC's gain over DistillSpec](../results/figures/selection-map.png)"""
 
 
 class Point(NamedTuple):
@@ -103,6 +118,25 @@ def controls_table(rows: list[dict]) -> list[str]:
                 cells.append("" if draft == baseline else interval(gain))
         lines.append(" | ".join(cells))
     return grid(headings, lines)
+
+
+OPENING = (  # file of results/, heading, table of its content
+    ("passes-tiny", MAP, lambda study: map_table(study["rows"])),
+    ("controls-tiny", "### The controls", lambda study: controls_table(study["rows"])),
+    ("ceiling-tiny", "### The ceiling", lambda study: variant_table(study["variants"])),
+)
+
+
+def opening(folder: Path) -> list[str]:
+    """The parts of docs/results.md that come first: the map, the controls, the ceiling, as far as
+    `folder` has their files. What they show is each file's note."""
+    parts = []
+    for name, heading, table in OPENING:
+        path = folder / f"{name}.json"
+        if path.is_file():
+            study = load_json(path)
+            parts += [heading, study["note"], "\n".join(table(study))]
+    return [LEGEND, *parts] if parts else []
 
 
 def draw_map(rows: list[dict], path: Path) -> None:
