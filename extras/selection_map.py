@@ -74,7 +74,9 @@ def selection_map(rows: list[dict]) -> list[Point]:
                     values = gains(own_rows, baseline[temperature])
                     points.append(Point(pair, temperature, passes, compared, values))
     order = list(COMPARED)
-    return sorted(points, key=lambda p: (width(p.pair), p.temperature, order.index(p.compared)))
+    return sorted(
+        points, key=lambda p: (width(p.pair), p.temperature, order.index(p.compared), p.passes)
+    )
 
 
 def width(pair: str) -> int:

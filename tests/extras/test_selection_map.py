@@ -27,13 +27,15 @@ def make_rows(alphas, pair="custom-target-tiny-16-0a1b2c3d"):
 
 
 def test_gains_at_equal_passes_of_the_draft_and_in_all():
-    points = selection_map.selection_map(make_rows(ALPHAS))
+    shuffled = dict(sorted(ALPHAS.items(), reverse=True))
+    points = selection_map.selection_map(make_rows(shuffled))
     found = {(p.temperature, p.passes, p.compared): p.gains for p in points}
     draft, total = selection_map.COMPARED
     assert found[0, 3, draft] == pytest.approx([0.01, 0.02, 0.03])
     assert found[1, 3, total] == pytest.approx([-0.04, -0.03, -0.02])
     assert found[1, 6, draft] == pytest.approx([-0.01] * 3)
     assert len(found) == 6  # there is no DistillSpec of 12 passes
+    assert [p.passes for p in points if p.temperature == 0] == [3, 6, 3]
     table = selection_map.map_table(make_rows(ALPHAS))
     assert table[0] == "| draft | T | at | 3 passes | 6 passes |"
     assert table[2] == (
