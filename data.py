@@ -46,7 +46,7 @@ class Task:
     response: Callable[[dict], str]
     hub: tuple[str, ...] = ()  # load_dataset's path and configuration; () = local files only
     revision: str | None = None
-    lists: tuple[str, ...] = ()  # but for these, which are lists of text
+    lists: tuple[str, ...] = ()  # columns that are lists of text, not text
     missing: tuple[str, ...] = ()  # splits that the Hub does not have
     document: str | None = None  # the column that is cut where the prompt leaves no room to respond
 
@@ -217,7 +217,7 @@ def _read(spec: Task, split: str, folder: Path | None, limit: int | None = None)
 
 
 def _hub_rows(spec: Task, split: str, source: str) -> Iterator[tuple]:
-    """The rows of a split, one by one, each with what errors call it."""
+    """The rows of a split of a data set, each with its place in words, for errors."""
     with loading(f"the {split} rows of {source}"):
         table = datasets.load_dataset(*spec.hub, split=split, revision=spec.revision)
     for number, row in enumerate(table, 1):
@@ -225,7 +225,7 @@ def _hub_rows(spec: Task, split: str, source: str) -> Iterator[tuple]:
 
 
 def _json_lines(path: str | Path) -> Iterator[tuple]:
-    """The same of a file; blank lines are passed over."""
+    """The rows of a file, each with its place in words; blank lines are passed over."""
     with open(path, "rb") as file:  # text would also end lines at a carriage return inside a row
         for number, line in enumerate(file, 1):
             if not line.strip():

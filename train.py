@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ranks
-from adaspec import gather_gaps, select_tokens
+from adaspec import gather_gaps, log_probs, select_tokens
 from data import Batch, Example, batches, make_batch
 from head import Head, hidden_states
 from history import History
@@ -64,9 +64,9 @@ def adaspec_step(student, batch: Batch, target, reference, method):
     draft_losses = student.head.token_losses(hidden, *token_loss(method.gap, target, batch))
     gap = draft_losses - reference.losses(batch)
 
-    def measure(value):
+    def measure(divergence):
         signal, _ = token_loss("fkl", target, batch)
-        return student.head.token_losses(hidden, signal, value)
+        return student.head.token_losses(hidden, signal, divergence)
 
     candidates = Candidates(gap, draft_losses, measure)
     all_scores, own = gather_gaps(SELECTIONS[method.select](candidates))
@@ -86,7 +86,7 @@ class Candidates(NamedTuple):
 
 def target_entropy(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
     """The entropy of p, [n], in nats."""
-    log_p = target_logits.float().log_softmax(-1)
+    log_p, _ = log_probs(target_logits, draft_logits)
     return -(log_p.exp() * log_p).sum(-1)
 
 

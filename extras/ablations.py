@@ -61,14 +61,17 @@ BOTH = ("distillspec", "adaspec")
 PAPER_DIVERGENCES = ("fkl", "rkl", "tvd", "jsd")
 LONG = Method("distillspec", epochs=6)  # the epochs of AdaSPEC's draft and reference together
 LINEAR = replace(LONG, decay="linear")
-LENGTHS = [
-    method
-    for epochs in (3, 6, 12, 24, 48)
-    for method in (
-        Method("distillspec", epochs=epochs),
-        Method("adaspec", epochs=epochs, reference_epochs=epochs),
-    )
-] + [Method("distillspec", epochs=96)]
+
+
+def of_lengths(*lengths: int) -> list[Method]:
+    """DistillSpec and AdaSPEC, its reference too, of so many epochs."""
+    methods = []
+    for epochs in lengths:
+        methods.append(Method("distillspec", epochs=epochs))
+        methods.append(Method("adaspec", epochs=epochs, reference_epochs=epochs))
+    return methods
+
+
 COMPARISONS: dict[str, list[Method]] = {
     "selection": [Method("adaspec", select=select) for select in ("top", "bottom", "random")],
     "controls": [
@@ -91,8 +94,8 @@ COMPARISONS: dict[str, list[Method]] = {
     "epochs": [Method(name, epochs=epochs) for name in BOTH for epochs in (1, 2, 3, 6, 12)],
     # each length is twice the one before: where the passes of AdaSPEC's reference count too, it
     # stands beside the DistillSpec of the next line
-    "passes": LENGTHS[:-2],
-    "long-passes": LENGTHS[-3:],
+    "passes": [*of_lengths(3, 6, 12, 24), Method("distillspec", epochs=48)],
+    "long-passes": [*of_lengths(48), Method("distillspec", epochs=96)],
     "rates": [
         Method(name, lr=lr, decay=decay)
         for lr in (3e-4, 2e-3, 8e-3)
@@ -309,7 +312,9 @@ class MixedCell(Cell):
     parts: dict[str, Cell]  # by task
 
 
-def prepare_mixed(pair_name: str, task: str, seed: int, settings: Settings, device) -> MixedCell:
+def prepare_mixed(
+    pair_name: str, task: str, seed: int, settings: Settings, device, pairs: dict = PAIRS
+) -> MixedCell:
     """A cell for each task of a+b, with one tokenizer, and the cell of all of them; the recipe is
     the first one's."""
     names = task.split("+")
@@ -317,7 +322,7 @@ def prepare_mixed(pair_name: str, task: str, seed: int, settings: Settings, devi
     for name in names:
         texts += row_texts(name, load_rows(name, "train", settings.data_dir, settings.limit))
     parts = {
-        name: prepare_cell(pair_name, name, seed, settings, device, texts=texts) for name in names
+        name: prepare_cell(pair_name, name, seed, settings, device, pairs, texts) for name in names
     }
     if any(part.prompts_only for part in parts.values()):
         raise ValueError("mixed: rows without responses cannot be mixed; give them responses")
@@ -403,7 +408,8 @@ def main(argv=None) -> None:
     settings, methods = parse_arguments(argv)
     rows = []
     if settings.comparison == "mixed":
-        for cell in checked_cells(settings, methods, prepare_mixed):
+        prepare = partial(prepare_mixed, pairs=PAIRS | CAPACITIES)
+        for cell in checked_cells(settings, methods, prepare):
             rows += run_mixed(cell, methods)
     else:
         prepare = partial(prepare_cell, pairs=PAIRS | CAPACITIES)

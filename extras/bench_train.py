@@ -171,7 +171,7 @@ def epoch_calls(data_dir: str | None, limit: int, device, folder: Path) -> dict:
 
     def official():
         model = copy.deepcopy(draft).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
         for group in data.batches(lengths, 16, 0, 0):
             batch = data.collate([examples[row] for row in group])
             input_ids, labels = (tensor.to(device) for tensor in batch)
@@ -301,11 +301,12 @@ def scale(args, dtype) -> dict:
     }
     results = {}
     for name, points in sweeps.items():
-        calls = {n: chunked_call(*point, dtype, device) for n, point in points.items()}
+        calls = {n: ChunkedStep(*point, dtype, device) for n, point in points.items()}
         seconds = measure.interleaved(calls, args.rounds, device, dict.fromkeys(calls, 5))
         results[name] = []
         for value, call in calls.items():
             time = measure.ratios(seconds[value], seconds[min(points)])
+            call.draft.zero_grad()  # the gradients that the last call has left
             peak = round(measure.peak_memory(call, device) / 2**20)
             results[name].append({"value": value, "time": time, "peak_MiB": peak})
             words = f"time x {measure.brief(time)}, peak memory {peak} MiB"
@@ -319,17 +320,21 @@ def scale(args, dtype) -> dict:
     return results | {"parallel efficiency of 2 ranks": efficiency}
 
 
-def chunked_call(shape: dict, chunk: int, dtype, device):
-    """Our loss step, as a call, with so many rows of logits at a time."""
-    calls, _, _ = step_calls(shape, dtype, device, whole_step=False)
+class ChunkedStep:
+    """Our loss step with so many rows of logits at a time."""
 
-    def call():
-        usual = head.CHUNK
-        head.CHUNK = chunk
-        calls["ours"]()
-        head.CHUNK = usual
+    def __init__(self, shape: dict, chunk: int, dtype, device):
+        calls, self.draft, _ = step_calls(shape, dtype, device, whole_step=False)
+        self.step = calls["ours"]
+        self.chunk = chunk
 
-    return call
+    def __call__(self) -> None:
+        default = head.CHUNK
+        head.CHUNK = self.chunk
+        try:
+            self.step()
+        finally:
+            head.CHUNK = default
 
 
 def seconds_on(count: int, dtype: str, device) -> float:

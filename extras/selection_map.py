@@ -9,10 +9,10 @@ at equal passes of the draft (n), and at equal passes in all (2 n). docs/results
 
 import re
 import statistics
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from cli import Parser, run_command
 from extras.ceiling import variant_table
 from extras.figures import COLOURS, MARKERS, distinct, draw_points, new_figure, save_figure
 from extras.studies import gains, load_json, load_run, rows_by_draft
@@ -49,19 +49,16 @@ MAP = """\
 
 
 class Point(NamedTuple):
-    """AdaSPEC's gain over DistillSpec in alpha, one value a seed."""
+    """AdaSPEC's gain over DistillSpec in alpha."""
 
-    pair: str
-    temperature: float
     passes: int  # of AdaSPEC's draft
-    compared: str  # of COMPARED
-    gains: list[float]
+    gains: list[float]  # one value a seed
 
 
-def selection_map(rows: list[dict]) -> list[Point]:
-    """All gains that the rows of a study give, in order."""
+def selection_map(rows: list[dict]) -> dict[tuple, list[Point]]:
+    """(pair, temperature, comparison of COMPARED) -> its points, by passes."""
     groups = rows_by_draft(rows)
-    points = []
+    lines = {}
     for (pair, draft), by_temperature in groups.items():
         match = re.fullmatch(r"AdaSPEC epochs=(\d+) reference_epochs=\1", draft)
         if not match:
@@ -71,32 +68,32 @@ def selection_map(rows: list[dict]) -> list[Point]:
             baseline = groups.get((pair, f"DistillSpec epochs={times * passes}"))
             for temperature, own_rows in by_temperature.items():
                 if baseline:
-                    values = gains(own_rows, baseline[temperature])
-                    points.append(Point(pair, temperature, passes, compared, values))
+                    point = Point(passes, gains(own_rows, baseline[temperature]))
+                    lines.setdefault((pair, temperature, compared), []).append(point)
     order = list(COMPARED)
-    return sorted(
-        points, key=lambda p: (width(p.pair), p.temperature, order.index(p.compared), p.passes)
-    )
+    keys = sorted(lines, key=lambda key: (width(key[0]), *key[:2], order.index(key[2])))
+    return {key: sorted(lines[key]) for key in keys}
 
 
 def width(pair: str) -> int:
-    """The draft's, of a pair named ...tiny-16, or ...tiny-16-<fingerprint>."""
-    return int(re.search(r"tiny-(\d+)", pair)[1])
+    """The draft's, of a pair such as tiny-16, or a custom one of a folder tiny-16. Raises
+    ValueError for others."""
+    match = re.search(r"tiny-(\d+)", pair)
+    if not match:
+        raise ValueError(f"pair {pair}: the map is of drafts named tiny-<width>")
+    return int(match[1])
 
 
 def map_table(rows: list[dict]) -> list[str]:
-    """The map as lines of Markdown: a line a size and comparison, a column a number of passes."""
-    points = selection_map(rows)
-    passes = sorted({point.passes for point in points})
-    cells = {}
-    for point in points:
-        key = (width(point.pair), point.temperature, point.compared)
-        cells.setdefault(key, {})[point.passes] = interval(point.gains)
-    lines = []
-    for (draft, temperature, compared), by_passes in cells.items():
+    """The map as lines of Markdown: a line a draft and comparison, a column a number of passes."""
+    lines = selection_map(rows)
+    passes = sorted({point.passes for points in lines.values() for point in points})
+    cells = []
+    for (pair, temperature, compared), points in lines.items():
+        by_passes = {point.passes: interval(point.gains) for point in points}
         values = [by_passes.get(n, "") for n in passes]
-        lines.append(" | ".join([f"{draft} wide", f"{temperature:g}", compared, *values]))
-    return grid(" | ".join(["draft", "T", "at", *(f"{n} passes" for n in passes)]), lines)
+        cells.append(" | ".join([f"{width(pair)} wide", f"{temperature:g}", compared, *values]))
+    return grid(" | ".join(["draft", "T", "at", *(f"{n} passes" for n in passes)]), cells)
 
 
 def controls_table(rows: list[dict]) -> list[str]:
@@ -142,38 +139,45 @@ def opening(folder: Path) -> list[str]:
 
 
 def draw_map(rows: list[dict], path: Path) -> None:
-    """A panel a temperature and comparison, a line a size of the draft, and the zero line."""
-    points = selection_map(rows)
+    """A panel a temperature and comparison, a line a draft, and the zero line. Raises ValueError
+    for one seed, which has no interval."""
+    if len(distinct(rows, "seed")) < 2:
+        raise ValueError("the map has intervals over seeds: give a study of two or more")
     temperatures = distinct(rows, "temperature")
     figure = new_figure(figsize=(9, 7))
-    panels = figure.subplots(len(temperatures), len(COMPARED), sharex=True, sharey=True)
-    widths = sorted({width(point.pair) for point in points})
-    for temperature, row in zip(temperatures, panels, strict=True):
-        for compared, panel in zip(COMPARED, row, strict=True):
-            panel.set(title=f"T = {temperature:g}, {compared}", xscale="log")
-            panel.axhline(0, color="#555555", linewidth=1)
-            panel.spines[["top", "right"]].set_visible(False)
-            for i, draft in enumerate(widths):
-                line = []
-                for point in points:
-                    key = (width(point.pair), point.temperature, point.compared)
-                    if key == (draft, temperature, compared):
-                        line.append((point.passes, *mean_interval(point.gains)))
-                style = {"color": COLOURS[i], "marker": MARKERS[i], "label": f"draft {draft} wide"}
-                draw_points(panel, line, style, linestyle="-")
-            ticks = sorted({point.passes for point in points})
-            panel.set_xticks(ticks, ticks)
-            panel.minorticks_off()
-        row[0].set_ylabel("AdaSPEC's alpha - DistillSpec's")
+    options = {"sharex": True, "sharey": True, "squeeze": False}
+    panels = figure.subplots(len(temperatures), len(COMPARED), **options)
+    lines = selection_map(rows)
+    pairs = list(dict.fromkeys(pair for pair, _, _ in lines))
+    for (pair, temperature, compared), points in lines.items():
+        panel = panels[temperatures.index(temperature), list(COMPARED).index(compared)]
+        panel.set_title(f"T = {temperature:g}, {compared}")
+        place = pairs.index(pair)
+        style = {"color": COLOURS[place], "marker": MARKERS[place]}
+        style["label"] = f"draft {width(pair)} wide"
+        values = [(point.passes, *mean_interval(point.gains)) for point in points]
+        draw_points(panel, values, style, linestyle="-")
+    ticks = sorted({point.passes for points in lines.values() for point in points})
+    for panel in panels.flat:
+        panel.set_xscale("log")
+        panel.set_xticks(ticks, ticks)
+        panel.minorticks_off()
+        panel.axhline(0, color="#555555", linewidth=1)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("AdaSPEC's alpha - DistillSpec's")
     for panel in panels[-1]:
         panel.set_xlabel("passes of AdaSPEC's draft over the rows")
     save_figure(figure, path)
 
 
-def main(argv: list[str]) -> None:
-    source, figure = argv
-    draw_map(load_run(source)["rows"], Path(figure))
+def main(argv=None) -> None:
+    parser = Parser(prog="extras.selection_map", description=__doc__)
+    parser.add_argument("study", help="results/NAME.json, or the results.json of a run")
+    parser.add_argument("figure", type=Path, help="the PNG file to write")
+    args = parser.parse_args(argv)
+    draw_map(load_run(args.study)["rows"], args.figure)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main, "extras.selection_map")

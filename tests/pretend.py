@@ -18,6 +18,7 @@ CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("me
 WAITING = (
     aten._local_scalar_dense, aten.equal, aten.is_nonzero,  # values read
     aten.nonzero, aten.masked_select, aten.repeat_interleave, aten.bincount, aten._unique2,
+    aten.unique_consecutive,
 )  # fmt: skip
 COPIES = (aten._to_copy, aten.copy_)
 INDEXING = (aten.index, aten.index_put, aten.index_put_)
@@ -155,8 +156,9 @@ def waits(operation, arguments) -> bool:
 def check_devices(function, arguments, tensors) -> None:
     """Raises AssertionError where a GPU would refuse: an operation on both devices."""
     if function.overloadpacket in INDEXING:  # takes indices from the CPU too
-        tensors = [tensor for tensor in tensors if all(tensor is not i for i in arguments[1])]
-    sides = {on_gpu(tensor) for tensor in tensors if tensor.ndim}
+        indices = [i for i in arguments[1] if i is not None and not on_gpu(i)]
+        tensors = [tensor for tensor in tensors if all(tensor is not i for i in indices)]
+    sides = {on_gpu(tensor) for tensor in tensors if tensor.ndim or on_gpu(tensor)}
     assert len(sides) < 2, f"{function} on tensors of the CPU and of the GPU"
 
 

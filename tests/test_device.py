@@ -69,6 +69,21 @@ def weights(model):
     return torch.cat([weight.detach().cpu().flatten() for weight in model.parameters()])
 
 
+def test_the_pretended_gpu_refuses_both_devices_in_one_operation():
+    with pretended_gpu():
+        here, there = torch.arange(4.0), torch.arange(4.0, device=CUDA)
+        index = torch.tensor([0], device=CUDA)
+        for operation in (
+            lambda: here + there,
+            lambda: here * there.sum(),
+            lambda: here[index],
+            lambda: here.index_put_((index,), torch.zeros(1)),
+        ):
+            with pytest.raises(AssertionError, match="of the CPU and of the GPU"):
+                operation()
+        assert (there * torch.tensor(2.0))[torch.tensor([1])].tolist() == [2.0]
+
+
 @pytest.mark.parametrize(
     ("name", "cached", "own_waits"),
     [

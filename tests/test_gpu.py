@@ -171,4 +171,6 @@ def test_ranks(make_model, examples, tmp_path, device, count):
     the weights of one process, and a stop."""
     if device.type == "cuda" and torch.cuda.device_count() < count:
         pytest.skip(f"needs {count} GPUs")
-    test_teacher.test_two_ranks(make_model, examples, tmp_path, count=count, tolerance=TOLERANCE)
+    test_teacher.test_two_ranks(
+        make_model, examples, tmp_path, count=count, tolerance=TOLERANCE, device=device.type
+    )

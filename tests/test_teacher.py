@@ -276,7 +276,7 @@ def flat(weights):
 
 
 @pytest.mark.slow
-def test_two_ranks(make_model, examples, tmp_path, count=2, tolerance=1e-5):
+def test_two_ranks(make_model, examples, tmp_path, count=2, tolerance=1e-5, device="cpu"):
     """One cache for all, with the target whole and with its layers spread over them; training to
     the weights of one process; and a signal to one of them stops all."""
     examples = examples[:21]
@@ -288,7 +288,7 @@ def test_two_ranks(make_model, examples, tmp_path, count=2, tolerance=1e-5):
     }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-    run_on_ranks("tests/two_ranks.py", tmp_path, count=count)
+    run_on_ranks("tests/two_ranks.py", tmp_path, count=count, device=device)
     results = {path.stem: load_file(path) for path in tmp_path.glob("*.safetensors")}
 
     target = Frozen(models["target"], 400)

@@ -28,14 +28,15 @@ def make_rows(alphas, pair="custom-target-tiny-16-0a1b2c3d"):
 
 def test_gains_at_equal_passes_of_the_draft_and_in_all():
     shuffled = dict(sorted(ALPHAS.items(), reverse=True))
-    points = selection_map.selection_map(make_rows(shuffled))
-    found = {(p.temperature, p.passes, p.compared): p.gains for p in points}
+    lines = selection_map.selection_map(make_rows(shuffled))
     draft, total = selection_map.COMPARED
-    assert found[0, 3, draft] == pytest.approx([0.01, 0.02, 0.03])
-    assert found[1, 3, total] == pytest.approx([-0.04, -0.03, -0.02])
-    assert found[1, 6, draft] == pytest.approx([-0.01] * 3)
-    assert len(found) == 6  # there is no DistillSpec of 12 passes
-    assert [p.passes for p in points if p.temperature == 0] == [3, 6, 3]
+    pair = make_rows(ALPHAS)[0]["pair"]
+    assert list(lines) == [(pair, t, each) for t in (0, 1) for each in (draft, total)]
+    assert [point.passes for point in lines[pair, 0, draft]] == [3, 6]
+    assert lines[pair, 0, draft][0].gains == pytest.approx([0.01, 0.02, 0.03])
+    assert lines[pair, 1, draft][1].gains == pytest.approx([-0.01] * 3)
+    (only,) = lines[pair, 1, total]  # there is no DistillSpec of 12 passes
+    assert only.gains == pytest.approx([-0.04, -0.03, -0.02])
     table = selection_map.map_table(make_rows(ALPHAS))
     assert table[0] == "| draft | T | at | 3 passes | 6 passes |"
     assert table[2] == (
@@ -59,3 +60,10 @@ def test_the_figure_is_drawn(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
     selection_map.main([str(tmp_path / "results.json"), str(tmp_path / "map.png")])
     assert (tmp_path / "map.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="give a study of two or more"):
+        selection_map.draw_map([row for row in rows if row["seed"] == 0], tmp_path / "one.png")
+
+
+def test_other_pairs_are_refused():
+    with pytest.raises(ValueError, match="pair tiny: the map is of drafts named tiny-<width>"):
+        selection_map.map_table(make_rows(ALPHAS, pair="tiny"))
