@@ -39,14 +39,15 @@ from tables import grid, in_order, interval, table_order, terminal_text, told_ap
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path("docs", "results.md")
-TITLE = "# Results"
 INTRODUCTION = """\
-## This page
+# Results
 
-It holds every measured comparison of the project: what was compared, under which
+This page holds every measured comparison of the project: what was compared, under which
 conditions, what came out, and the command that does it again. It is generated: each study below
 is a file of `results/`, `python -m extras.report` writes the page from those files, and a test
-keeps the two together. The findings in short are in the [README](../README.md).
+keeps the two together. The findings in short are in the [README](../README.md)."""
+READING = """\
+## All studies
 
 **How to add a study.** Run the comparison with several seeds, tasks or methods
 ([experiments](experiments.md) says how), then
@@ -267,7 +268,7 @@ def results_page(folder: Path) -> str:
     studies.sort(key=lambda item: (item[1].get("order", sys.maxsize), item[1]["study"]))
     ceilings = {path: record for path, record in records.items() if "moments" in record}
     benchmarks = {path: record for path, record in records.items() if "command" in record}
-    parts = [TITLE, *opening(folder), INTRODUCTION]
+    parts = [INTRODUCTION, *opening(folder), READING]
     for path, study in studies:
         check_study(study)
         parts.append(study_text(path, study))
