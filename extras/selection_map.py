@@ -24,13 +24,13 @@ COMPARED = {"equal passes of the draft": 1, "equal passes in all": 2}
 CONTROLS = {  # labels of the comparison "controls", in words
     "DistillSpec": "all tokens",
     "AdaSPEC": "top 40% by the gap (AdaSPEC)",
-    "AdaSPEC select=bottom": "bottom 40% by the gap",
     "AdaSPEC select=random": "random 40%",
     "AdaSPEC select=loss": "top 40% by the draft's loss alone",
-    "AdaSPEC select=flat": "40% of the largest target entropy",
-    "AdaSPEC select=peaked": "40% of the smallest target entropy",
     "AdaSPEC select=disagree": "40%, argmaxes that differ first",
     "AdaSPEC select=agree": "40%, argmaxes that agree first",
+    "AdaSPEC select=bottom": "bottom 40% by the gap",
+    "AdaSPEC select=flat": "40% of the largest target entropy",
+    "AdaSPEC select=peaked": "40% of the smallest target entropy",
 }
 
 
@@ -104,11 +104,11 @@ def controls_table(rows: list[dict]) -> list[str]:
     headings = "draft | selected"
     for temperature in temperatures:
         headings += f" | alpha, T = {temperature:g} | over all tokens | over random"
+    trained = [key for key in groups if key[1] != "base"]
+    order = list(CONTROLS)
     lines = []
-    for pair, draft in sorted(groups, key=lambda key: width(key[0])):
-        if draft == "base":
-            continue
-        cells = [f"{width(pair)} wide", CONTROLS.get(draft, draft)]
+    for pair, draft in sorted(trained, key=lambda key: (width(key[0]), order.index(key[1]))):
+        cells = [f"{width(pair)} wide", CONTROLS[draft]]
         for temperature in temperatures:
             own = groups[pair, draft][temperature]
             cells.append(f"{statistics.mean(row['alpha'] for row in own):.3f}")
