@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 
 from cli import Parser, run_command
-from extras.ceiling import moment_table, variant_table
+from extras.ceiling import moment_table
 from extras.figures import distinct, figures, histories
 from extras.measure import portable
-from extras.selection_map import opening
+from extras.selection_map import note, opening
 from extras.studies import (
     PROTOCOL,
     VERSIONS,
@@ -226,7 +226,7 @@ def command_text(record: dict) -> str:
 
 def study_text(path: Path, study: dict) -> str:
     tables = eagle_table(study["rows"]).strip() or "\n".join(summary_table(study))
-    parts = [f"## {study['title']}", study["note"], f"Protocol: {protocol(study)}", tables]
+    parts = [f"## {study['title']}", note(path, study), f"Protocol: {protocol(study)}", tables]
     if len(distinct(study["rows"], "task")) > 1:
         title = f"Alpha by task, with the gain over {baselines(study)[0]}:"
         parts += [title, "\n".join(task_table(study))]
@@ -241,8 +241,7 @@ def study_text(path: Path, study: dict) -> str:
 def ceiling_text(path: Path, record: dict) -> str:
     """The study of extras.ceiling; "note", what it shows, was written into its file."""
     check_portable(record)
-    parts = ["## The ceiling of any selector", record["note"]]
-    parts += ["\n".join(variant_table(record["variants"]))]
+    parts = ["## The ceiling of any selector", note(path, record)]
     parts += ["\n".join(moment_table(record["moments"])), command_text(record)]
     versions = "commit {git}, Python {python}, torch {torch}, transformers {transformers}"
     versions = versions.format(git=record["git"], **record["machine"])
@@ -268,10 +267,10 @@ def results_page(folder: Path) -> str:
     studies.sort(key=lambda item: (item[1].get("order", sys.maxsize), item[1]["study"]))
     ceilings = {path: record for path, record in records.items() if "moments" in record}
     benchmarks = {path: record for path, record in records.items() if "command" in record}
-    parts = [INTRODUCTION, *opening(folder), READING]
-    for path, study in studies:
+    for _, study in studies:
         check_study(study)
-        parts.append(study_text(path, study))
+    parts = [INTRODUCTION, *opening(folder), READING]
+    parts += [study_text(path, study) for path, study in studies]
     parts += [ceiling_text(path, benchmarks.pop(path)) for path in ceilings]
     if benchmarks:
         parts.append(benchmark_text(benchmarks))

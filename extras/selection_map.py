@@ -1,7 +1,7 @@
 """The map of a study of passes (the comparison "passes" of extras.ablations): what AdaSPEC's
 selection gains over DistillSpec as training goes on, for drafts of several sizes.
 
-    python -m extras.selection_map results/passes-tiny.json results/figures/selection-map.png
+    python -m extras.selection_map results/passes-tiny*.json results/figures/selection-map.png
 
 AdaSPEC with a draft of n passes, and a reference of n besides, is compared with DistillSpec twice:
 at equal passes of the draft (n), and at equal passes in all (2 n). docs/results.md opens with it.
@@ -119,23 +119,34 @@ def controls_table(rows: list[dict]) -> list[str]:
     return grid(headings, lines)
 
 
-OPENING = (  # file of results/, heading, table of its content
-    ("passes-tiny", MAP, lambda study: map_table(study["rows"])),
-    ("controls-tiny", "### The controls", lambda study: controls_table(study["rows"])),
-    ("ceiling-tiny", "### The ceiling", lambda study: variant_table(study["variants"])),
+OPENING = (  # files of results/, heading, table of their rows
+    ("passes-tiny*.json", MAP, lambda studies: map_table(all_rows(studies))),
+    ("controls-tiny.json", "### The controls", lambda studies: controls_table(all_rows(studies))),
+    ("ceiling-tiny.json", "### The ceiling", lambda studies: variant_table(studies[0]["variants"])),
 )
+
+
+def all_rows(studies: list[dict]) -> list[dict]:
+    return [row for study in studies for row in study["rows"]]
 
 
 def opening(folder: Path) -> list[str]:
     """The parts of docs/results.md that come first: the map, the controls, the ceiling, as far as
     `folder` has their files. What they show is each file's note."""
     parts = []
-    for name, heading, table in OPENING:
-        path = folder / f"{name}.json"
-        if path.is_file():
-            study = load_json(path)
-            parts += [heading, study["note"], "\n".join(table(study))]
+    for pattern, heading, table in OPENING:
+        studies = [load_json(path) for path in sorted(folder.glob(pattern))]
+        if studies:
+            notes = [study["note"] for study in studies]
+            parts += [heading, *notes, "\n".join(table(studies))]
     return [LEGEND, *parts] if parts else []
+
+
+def note(path: Path, study: dict) -> str:
+    """What the study shows, or where it is said."""
+    if any(path.match(pattern) for pattern, _, _ in OPENING):
+        return "What it shows: [above](#where-selection-wins-the-map)."
+    return study["note"]
 
 
 def draw_map(rows: list[dict], path: Path) -> None:
@@ -173,10 +184,10 @@ def draw_map(rows: list[dict], path: Path) -> None:
 
 def main(argv=None) -> None:
     parser = Parser(prog="extras.selection_map", description=__doc__)
-    parser.add_argument("study", help="results/NAME.json, or the results.json of a run")
+    parser.add_argument("studies", nargs="+", help="results/NAME.json, or results.json of runs")
     parser.add_argument("figure", type=Path, help="the PNG file to write")
     args = parser.parse_args(argv)
-    draw_map(load_run(args.study)["rows"], args.figure)
+    draw_map(all_rows([load_run(path) for path in args.studies]), args.figure)
 
 
 if __name__ == "__main__":
