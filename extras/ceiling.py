@@ -47,7 +47,7 @@ from cells import (
     target_plan,
 )
 from cli import Parser, decimal, folder, numbers, one_of, run_command, some_of, whole
-from data import TASKS, Batch, batches, collate, make_batch
+from data import TASKS, Batch, batches, collate, digest, make_batch
 from distillspec import DIVERGENCES
 from extras import measure
 from head import Head, hidden_states
@@ -60,7 +60,7 @@ from stages import fit
 from storage import Model
 from tables import grid, interval
 from teacher import Frozen, ReferenceLoss, token_loss
-from train import distillation_step, fine_tuning_step, target_entropy
+from train import TRAINING_VERSION, distillation_step, fine_tuning_step, target_entropy
 
 EPS = 1e-8  # Adam's
 STEPPED_ON = 3  # held-out batches that real steps are judged on
@@ -153,7 +153,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     one are equal."""
     ranks = []
     for values in (a, b):
-        _, places, counts = np.unique(values.numpy(), return_inverse=True, return_counts=True)
+        _, places, counts = np.unique(values.cpu().numpy(), return_inverse=True, return_counts=True)
         ranks.append((counts.cumsum() - (counts - 1) / 2)[places])
     constant = any(np.ptp(values) == 0 for values in ranks)
     return 0.0 if constant else float(np.corrcoef(*ranks)[0, 1])
@@ -397,9 +397,16 @@ class Study:
         plan = draft_plan(self.cell, method, self.models["base"], self.models["target"])
         return fit(self.cell, plan, distillation_step, self.models["target"])
 
+    @property
+    def fingerprint(self) -> str:
+        """Of all that results hang on, the rows too."""
+        parts = (self.cell.examples, self.held_out_rows, self.cell.test)
+        rows = {"rows": [digest(examples) for examples in parts], "training": TRAINING_VERSION}
+        return storage.fingerprint(study_protocol(self.args) | rows)
+
     def once(self, name: str, compute: Callable[[], dict]) -> dict:
         """What `compute` returns, from a file where an equal study has written it."""
-        protocol = storage.fingerprint(study_protocol(self.args))
+        protocol = self.fingerprint
         path = self.cell.folder / "ceiling" / f"{name}-{protocol[:8]}.json"
         record = storage.read_json(path)
         if not record:
@@ -437,7 +444,7 @@ class Study:
         args = self.args
         step = ChosenTokens(choice, self.held_out, args.refresh, args.sample)
         name = f"ceiling-{variant_name(args, divergence, choice)}"
-        protocol = storage.fingerprint(study_protocol(args))
+        protocol = self.fingerprint
         method = replace(self.method, divergence=divergence, gap=divergence)
         draft = train_variant(self.cell, f"{name}-{protocol[:8]}", step, method, self.models)
         networks = (self.load(self.models["target"]), self.load(draft))

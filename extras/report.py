@@ -269,6 +269,9 @@ def results_page(folder: Path) -> str:
     benchmarks = {path: record for path, record in records.items() if "command" in record}
     for _, study in studies:
         check_study(study)
+    for path, record in ceilings.items():
+        if "note" not in record:
+            raise ValueError(f'{path}: write what it shows into it, as "note"')
     parts = [INTRODUCTION, *opening(folder), READING]
     parts += [study_text(path, study) for path, study in studies]
     parts += [ceiling_text(path, benchmarks.pop(path)) for path in ceilings]
