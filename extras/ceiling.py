@@ -58,7 +58,7 @@ from settings import PAIRS, Method, Settings
 from speculative import expected_acceptance
 from stages import fit
 from storage import Model
-from tables import grid, interval
+from tables import grid, grouped, interval
 from teacher import Frozen, ReferenceLoss, token_loss
 from train import TRAINING_VERSION, distillation_step, fine_tuning_step, target_entropy
 
@@ -163,7 +163,9 @@ def length(vector: dict[str, Tensor]) -> float:
     return math.sqrt(sum(value.double().square().sum().item() for value in vector.values()))
 
 
-def moved(weights: dict[str, Tensor], step: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
+def after_step(
+    weights: dict[str, Tensor], step: dict[str, Tensor], rate: float
+) -> dict[str, Tensor]:
     """The weights after a step against `step`."""
     return {name: weight - rate * step[name] for name, weight in weights.items()}
 
@@ -191,37 +193,39 @@ def measure_moment(
 
     Effects and A are those of one half of the held-out batches; the oracles know the other half,
     so that none is credited with the noise of its own rows."""
-    known, judged = (acceptance_gradient(losses, held_out[half::2]) for half in (0, 1))
+    oracle_gradient, judge_gradient = (
+        acceptance_gradient(losses, held_out[half::2]) for half in (0, 1)
+    )
     weights = losses.weights()
     stepped_on = held_out[1::2][:STEPPED_ON]
     before = acceptance(losses, weights, stepped_on)
-    scores, effect, gained = [], [], {}
+    scores, effect, changes = [], [], {}
     for part in parts:
         batch, held_against = part
         hidden = hidden_states(losses.model, batch).detach()
-        own = {"oracle": effects(losses, part, scaled(known, squares))}
-        own["plain-oracle"] = effects(losses, part, known)
+        own = {"oracle": effects(losses, part, scaled(oracle_gradient, squares))}
+        own["plain-oracle"] = effects(losses, part, oracle_gradient)
         own |= simple_scores(losses.head, hidden, batch, target, reference, method.gap)
         scores.append(own)
-        effect.append(effects(losses, part, scaled(judged, squares)))
+        effect.append(effects(losses, part, scaled(judge_gradient, squares)))
         values = losses(batch, *held_against)
         count = selected_count(len(values), method.k)
-        chosen = {"all": torch.arange(len(values))}
-        chosen |= {name: score.topk(count).indices for name, score in own.items()}
+        selections = {"all": torch.arange(len(values))}
+        selections |= {name: score.topk(count).indices for name, score in own.items()}
         steps = {
             name: scaled(losses.gradient(values[rows].mean()), squares)
-            for name, rows in chosen.items()
+            for name, rows in selections.items()
         }
-        for name, rows in chosen.items():
+        for name, rows in selections.items():
             step = steps[name]
             rate = method.lr * length(steps["all"]) / length(step)
             gains = [effect[-1][rows].mean().item()]
             for share in SHARES:
-                after = acceptance(losses, moved(weights, step, share * rate), stepped_on)
+                after = acceptance(losses, after_step(weights, step, share * rate), stepped_on)
                 gains.append(after - before)
-            gained.setdefault(name, []).append(gains)
+            changes.setdefault(name, []).append(gains)
     together = torch.cat(effect)
-    means = {name: np.mean(gains, axis=0) for name, gains in gained.items()}
+    means = {name: np.mean(gains, axis=0) for name, gains in changes.items()}
     result = {"acceptance": before, "harmful": (together < 0).double().mean().item()}
     result["scores"] = {
         name: dict(zip(COLUMNS, means[name].tolist(), strict=True)) for name in means
@@ -260,7 +264,7 @@ def check_steps(
     def after(*steps: tuple[dict, float]) -> float:
         place = weights
         for step, size in steps:
-            place = moved(place, step, size)
+            place = after_step(place, step, size)
         return acceptance(losses, place, held_out)
 
     tokens, size = len(values), rate / len(values)
@@ -359,9 +363,9 @@ def evaluate_rows(cell: Cell, target: nn.Module, draft: nn.Module) -> dict:
     for start in range(0, len(cell.test), cell.rows_at_once):
         input_ids, labels = collate(cell.test[start : start + cell.rows_at_once])
         placed = [tensor.to(cell.device) for tensor in (input_ids, labels)]
-        found = expected_acceptance(target, draft, *placed, vocab_size=len(cell.tokenizer))
-        overlap.append(found.overlap)
-        agree.append(found.agree)
+        rows = expected_acceptance(target, draft, *placed, vocab_size=len(cell.tokenizer))
+        overlap.append(rows.overlap)
+        agree.append(rows.agree)
     return {
         "expected": torch.cat(overlap).double().mean().item(),
         "agree": torch.cat(agree).double().mean().item(),
@@ -414,12 +418,12 @@ class Study:
             storage.write_json(path, record)
         return {"seed": self.cell.seed} | record
 
-    def batches(self, count: int) -> list[Part]:
+    def training_parts(self, count: int) -> list[Part]:
         """The first training batches, with the recipe's loss."""
         lengths = [len(example.input_ids) for example in self.cell.examples]
         rows = batches(lengths, self.cell.recipe.batch_size, self.cell.seed, epoch=0)[:count]
-        made = [make_batch(self.cell.examples, each, self.cell.device) for each in rows]
-        return [(batch, token_loss("fkl", self.target, batch)) for batch in made]
+        parts = [make_batch(self.cell.examples, each, self.cell.device) for each in rows]
+        return [(batch, token_loss("fkl", self.target, batch)) for batch in parts]
 
     def moment(self, passes: int) -> dict:
         """`measure_moment` and `check_steps` of a draft distilled on all tokens for so long."""
@@ -431,8 +435,8 @@ class Study:
         vocab_size = len(self.cell.tokenizer)
         frozen = Frozen(self.load(self.models["reference"]), vocab_size)
         reference = ReferenceLoss(frozen, self.target, self.method.gap)
-        squares = mean_squares(losses, self.batches(SQUARED))
-        parts = self.batches(self.args.batches)
+        squares = mean_squares(losses, self.training_parts(SQUARED))
+        parts = self.training_parts(self.args.batches)
         inputs = (squares, self.target, reference, self.method)
         record = {"passes": passes, **measure_moment(losses, parts, self.held_out, *inputs)}
         inputs = (squares, SHARES[0] * self.method.lr, self.args.checked)
@@ -455,7 +459,7 @@ class Study:
 
 
 def study_protocol(args) -> dict:
-    """All that results hang on, but the seed, and what `variant_name` says."""
+    """The arguments that results hang on, but the seed and what `variant_name` says."""
     names = "pair task limit epochs k held_out eval_rows batches checked"
     return {name: getattr(args, name) for name in names.split()}
 
@@ -473,8 +477,7 @@ def run_seed(args, seed: int) -> dict:
         validation_rows=args.held_out, eval_prompts=args.eval_rows, dtype="float32",
         save_minutes=math.inf,  # a checkpoint lacks the oracle's state: a variant is run whole
     )  # fmt: skip
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cell = prepare_cell(args.pair, args.task, seed, settings, device)
+    cell = prepare_cell(args.pair, args.task, seed, settings, args.device)
     check_cell(cell, [Method("adaspec")])
     if len(cell.validation) < 2 * cell.rows_at_once:
         raise ValueError(
@@ -500,16 +503,14 @@ def run_seed(args, seed: int) -> dict:
 
 def variant_table(variants: Sequence[dict]) -> list[str]:
     """A line a loss and choice: both acceptances, and the gain over all tokens, paired by seed."""
-    by_choice = {}
-    for row in variants:
-        by_choice.setdefault((row["loss"], row["choice"]), []).append(row)
+    by_choice = grouped(variants, "loss", "choice")
     lines = []
     for (loss, choice), rows in by_choice.items():
         cells = [loss, choice]
         for key in ("expected", "agree"):
             cells.append(f"{statistics.mean(row[key] for row in rows):.4f}")
             pairs = zip(rows, by_choice[loss, "all"], strict=True)
-            gains = [row[key] - usual[key] for row, usual in pairs]
+            gains = [row[key] - baseline[key] for row, baseline in pairs]
             cells.append("" if choice == "all" else interval(gains, 4))
         lines.append(" | ".join(cells))
     return grid("loss | tokens | expected, T = 1 | over all | agree, T = 0 | over all", lines)
@@ -520,11 +521,11 @@ def moment_table(moments: Sequence[dict]) -> list[str]:
     to that of all tokens, the changes of A in real steps in points."""
     lines = []
     for record in moments:
-        usual = record["scores"]["all"]["effect"]
+        baseline = record["scores"]["all"]["effect"]
         for name, row in record["scores"].items():
             cells = [str(record["passes"]), name]
             cells += [f"{row['correlation']:.2f}" if "correlation" in row else ""]
-            cells += [f"{row['effect'] / usual:.2f}"]
+            cells += [f"{row['effect'] / baseline:.2f}"]
             cells += [f"{100 * row[key]:+.3f}" for key in COLUMNS[1:]]
             lines.append(" | ".join(cells))
     return grid(" | ".join(["passes", "tokens", "correlation", *COLUMNS]), lines)
@@ -564,6 +565,7 @@ def parse_arguments(argv):
     add("--sample", type=whole(), default=3, help="held-out batches that it is formed on")
     add("--batches", type=whole(), default=4, help="training batches that a moment looks at")
     add("--checked", type=whole(2), default=30, help="tokens with real steps, at a moment")
+    measure.add_device_flag(parser)
     add("--json", help="write all figures to this file")
     return measure.parse(parser, argv)
 

@@ -25,7 +25,8 @@ from transformers.cache_utils import Cache, StaticLayer
 import models
 from cli import Parser, run_command
 from extras import measure
-from speculative import Lane, check_prompt, speculative_generate, takes_positions
+from extras.tree import check_takes_masks
+from speculative import Lane, check_prompt, speculative_generate
 
 # The cache and what is compiled
 
@@ -88,16 +89,10 @@ class StaticModel:
     """
 
     def __init__(self, model, length: int, rows: int = 1, backend: str | None = "inductor"):
-        name = type(model).__name__
-        attention = model.config._attn_implementation
-        if attention not in ("eager", "sdpa"):
-            raise ValueError(
-                f"static caches need attn_implementation eager or sdpa, {name} has {attention}"
-            )
-        if not takes_positions(model):
-            raise ValueError(f"{name}: static caches need a model that takes position_ids")
+        check_takes_masks(model, "static caches need")
         context = getattr(model.config, "max_position_embeddings", math.inf)
         if not 1 <= length <= context:
+            name = type(model).__name__
             raise ValueError(
                 f"length must be from 1 to {name}'s context of {context}, got {length}"
             )
@@ -211,11 +206,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="extras.static", description="Decoding with static caches and without.")
     parser.add_argument("--draft", required=True, help="folder or Hub id of the draft")
     measure.add_decoding_flags(parser)
+    measure.add_device_flag(parser)
     measure.add_result_flags(parser, rounds=5)
     args = measure.parse(parser, argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target, draft, tokenizer = models.load_pair(args.target, args.draft, torch.float32, device)
-    prompts, source = measure.load_prompts(args, tokenizer, device)
+    pair = models.load_pair(args.target, args.draft, torch.float32, args.device)
+    target, draft, tokenizer = pair
+    prompts, source = measure.load_prompts(args, tokenizer, args.device)
     settings = {"gamma": args.gamma, "max_new_tokens": args.max_new_tokens}
     for ids in prompts:
         check_prompt((target, draft), ids, None, args.max_new_tokens)
@@ -224,11 +220,11 @@ def main(argv: list[str] | None = None) -> None:
     ratios = {
         name: measure.ratios(seconds[name], seconds[f"static {name}"]) for name in ("alone", "pair")
     }
-    print(f"{len(prompts)} prompts ({source}), gamma {args.gamma}, float32, {device}")
+    print(f"{len(prompts)} prompts ({source}), gamma {args.gamma}, float32, {args.device}")
     print("static / plain, tokens per second: median of the rounds (low to high)")
     for name, ratio in ratios.items():
         print(f"  {name:<6} {measure.brief(ratio)}")
-    protocol = {"prompts": source, "batch": len(prompts), "device": str(device), **settings}
+    protocol = {"prompts": source, "batch": len(prompts), "device": str(args.device), **settings}
     measure.save(args, {"protocol": protocol, "seconds": seconds, "ratios": ratios})
 
 

@@ -60,14 +60,7 @@ class TreeLane(Lane):
 
     def __init__(self, model, input_ids, vocab_size):
         super().__init__(model, input_ids, None, vocab_size)
-        name = type(model).__name__
-        attention = model.config._attn_implementation
-        if attention not in ("eager", "sdpa"):
-            raise ValueError(
-                f"a tree needs attn_implementation eager or sdpa, {name} has {attention}"
-            )
-        if not takes_positions(model):
-            raise ValueError(f"{name}: a tree needs a model that takes position_ids")
+        check_takes_masks(model, "a tree needs")
 
     def missing(self, text: list[int]) -> list[int]:
         """The tokens of the text that the cache lacks."""
@@ -102,6 +95,17 @@ class TreeLane(Lane):
             layer.keys[:, :, length : length + len(path)] = layer.keys[:, :, index]
             layer.values[:, :, length : length + len(path)] = layer.values[:, :, index]
         self.cache.crop(length + len(path) - slots)
+
+
+def check_takes_masks(model, user: str) -> None:
+    """Raises ValueError, saying what the `user` needs, for a model that takes no attention mask
+    [B, 1, n, slots] with position_ids."""
+    name = type(model).__name__
+    attention = model.config._attn_implementation
+    if attention not in ("eager", "sdpa"):
+        raise ValueError(f"{user} attn_implementation eager or sdpa, {name} has {attention}")
+    if not takes_positions(model):
+        raise ValueError(f"{name}: {user} a model that takes position_ids")
 
 
 def make_lanes(target, draft, *prompt) -> tuple[TreeLane, TreeLane]:

@@ -12,26 +12,15 @@ import settings as settings_module
 from cells import check_cell, draft_plan, prepare_cell
 from extras import ablations, analysis
 from extras.ablations import COMPARISONS, MixedMethod, parse_arguments
-from settings import METHODS, Method, Pair
+from settings import METHODS, Method
 from speculative import Stats, speculative_generate
+from tests.extras.toy import TOY_PAIR
 
 CPU = torch.device("cpu")
-TOY_PAIR = Pair(
-    {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-    {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-    target_lr=1e-3,
-    lr=2e-3,
-)
 SHORT = (
     "--pairs tiny --limit 16 --batch 8 --epochs 1,1,1 --max-length 160 --eval-prompts 2 "
     "--timed-prompts 1 --max-new-tokens 8"
 ).split()
-
-
-@pytest.fixture
-def toy_pair(monkeypatch):
-    """The pair tiny, in toy size."""
-    monkeypatch.setitem(settings_module.PAIRS, "tiny", TOY_PAIR)
 
 
 def rows_of(out):

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import settings as settings_module
 from data import make_batch
 from extras import ceiling
 from extras.ceiling import ChosenTokens, TokenLosses
 from history import Validation
-from settings import Method, Pair
+from settings import Method
 from teacher import Frozen, ReferenceLoss, token_loss
 from train import adaspec_step, distillation_step, train
 
@@ -71,7 +70,7 @@ def test_the_gradient_of_the_acceptance(losses, held_out):
     weights = {name: weight.double() for name, weight in losses.weights().items()}
     size = 1e-3 / ceiling.length(gradient)
     up, down = (
-        ceiling.acceptance(losses, ceiling.moved(weights, gradient, rate), held_out)
+        ceiling.acceptance(losses, ceiling.after_step(weights, gradient, rate), held_out)
         for rate in (-size, size)
     )
     assert 0 < down < up < 1
@@ -193,20 +192,13 @@ def hidden_of(losses, batch):
 
 # Runs
 
-TOY_PAIR = Pair(
-    {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-    {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-    target_lr=1e-3,
-    lr=2e-3,
-)
 FLAGS = (
     "--task arithmetic --limit 16 --epochs 1,1,1 --losses tvd --moments 0 --held-out 32 "
     "--eval-rows 4 --sample 1 --batches 1 --checked 2 --seeds 1 --choices oracle"
 ).split()
 
 
-def test_a_run_and_the_same_run_once_more(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(settings_module.PAIRS, "tiny", TOY_PAIR)
+def test_a_run_and_the_same_run_once_more(tmp_path, toy_pair, monkeypatch, capsys):
     flags = [*FLAGS, "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "r.json")]
     ceiling.main(flags)
     first = capsys.readouterr().out
@@ -243,8 +235,7 @@ def test_flags_that_cannot_be_right(flags, words, capsys):
     assert end.value.code == 2 and words in message and message.count("\n") == 1
 
 
-def test_too_few_held_out_rows(tmp_path, monkeypatch):
-    monkeypatch.setitem(settings_module.PAIRS, "tiny", TOY_PAIR)
+def test_too_few_held_out_rows(tmp_path, toy_pair):
     flags = [*FLAGS, "--out", str(tmp_path), "--held-out", "20"]
     with pytest.raises(ValueError, match=r"--held-out 20: .* the oracle needs two batches of 16"):
         ceiling.main(flags)
