@@ -71,6 +71,7 @@ def fit(
     options = training_options(cell, plan, folder, settings, validation)
     summary = train(model, plan.examples, step, step_inputs, **options)
     summary["target_forwards"] = target_forwards(cell, plan, teacher, reference_loss, summary)
+    summary["cache_seconds"] = cache_seconds(teacher, reference_loss)
     if teacher and teacher.head.token_ids is not None:
         summary |= {"draft_vocab": teacher.head.size, "coverage": teacher.coverage}
     history = options["history"]
@@ -328,20 +329,30 @@ def target_forwards(
     return rows
 
 
+def cache_seconds(teacher: Frozen | None, reference_loss: ReferenceLoss | None) -> dict[str, float]:
+    """Seconds that filling the stage's caches took, by cache: other stages share them."""
+    caches = [teacher.cache, teacher.outside_cache] if teacher else []
+    if reference_loss:
+        caches.append(reference_loss.cache)
+    return {cache.fingerprint: round(cache.seconds, 1) for cache in caches if cache}
+
+
 def training_cost(cell, stages: Sequence[Model]) -> dict:
     """What a draft's training took, its reference's included: passes over the data, optimiser
-    steps, tokens that bore loss, seconds (without those of caches and of responses that the target
-    writes), and rows that the target was run on; and the draft's learning rate, and of a short
-    head the number of its tokens and their coverage."""
+    steps, tokens that bore loss, seconds, those of filling the caches (responses that the target
+    writes are in neither), and rows that the target was run on; and the draft's learning rate, and
+    of a short head the number of its tokens and their coverage."""
     records = [storage.read_json(Path(stage.path, "stage.json")) for stage in stages]
     summaries = [record["summary"] for record in records]
     keys = ("rows", "steps", "loss_tokens", "seconds")
     cost = {key: sum(summary[key] for summary in summaries) for key in keys}
-    forwards = {}
+    forwards, filling = {}, {}
     for summary in summaries:
         forwards |= summary["target_forwards"]
+        filling |= summary["cache_seconds"]
     cost["epochs"] = cost["rows"] / len(cell.examples)
     cost["target_forwards"] = sum(forwards.values())
+    cost["cache_seconds"] = sum(filling.values())
     cost["lr"] = records[-1]["settings"]["lr"]
     short_head = {"draft_vocab", "coverage"} & summaries[-1].keys()
     return cost | {key: summaries[-1][key] for key in sorted(short_head)}

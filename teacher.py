@@ -7,6 +7,7 @@ Both are exact: this replaces every later forward of the target and approximates
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from distillspec import DIVERGENCES
 from head import Head, hidden_states
 from ranks import check_stop, from_rank_0, gather_objects, progress, rank, world_size
 from short_head import coverage, outside_log_odds, with_outside
-from storage import is_whole, write_checked
+from storage import is_whole, read_json, write_checked, write_json
 
 BATCHES_A_BLOCK = 8  # forwards between two writes of a cache: what a kill can cost
 
@@ -172,6 +173,8 @@ class TokenCache:
         self.blocks = [order[start : start + size] for start in range(0, len(order), size)]
         self.values: list[Tensor] = []  # by block, [tokens, width]
         self.places: dict[int, tuple[int, int]] = {}  # row -> its block, its first token there
+        self.record = self.folder / f"{fingerprint}.json"  # the seconds, so far
+        self.seconds = 0.0  # that filling it took, runs that were stopped included
 
     def fill(self, compute: Callable[[Batch], Tensor], device: torch.device, name: str) -> None:
         """Make the blocks that are missing or damaged with compute(batch) -> [N, width], each rank
@@ -187,6 +190,7 @@ class TokenCache:
         bar = progress(rounds * BATCHES_A_BLOCK, name, "batch")
         for start in range(0, len(missing), world_size()):
             turn = missing[start : start + world_size()]
+            started = time.perf_counter()
             # as many forwards on every rank: with its layers spread over ranks a model needs all
             number = turn[rank()] if rank() < len(turn) else None
             rows = self.blocks[turn[0] if number is None else number]
@@ -194,9 +198,14 @@ class TokenCache:
             if number is not None:
                 content = values.view(torch.uint8).numpy()
                 write_checked(self.path(number), lambda file, content=content: file.write(content))
+            if rank() == 0:
+                seconds = read_json(self.record).get("seconds", 0.0)
+                seconds += time.perf_counter() - started
+                write_json(self.record, {"seconds": seconds})
             check_stop()
         bar.close()
         gather_objects(None)  # wait for all
+        self.seconds = from_rank_0(read_json(self.record).get("seconds", 0.0))
         self._open()
 
     def path(self, number: int) -> Path:

@@ -96,6 +96,7 @@ COMPARISONS: dict[str, list[Method]] = {
     # stands beside the DistillSpec of the next line
     "passes": [*of_lengths(3, 6, 12, 24), Method("distillspec", epochs=48)],
     "long-passes": [*of_lengths(48), Method("distillspec", epochs=96)],
+    "rows": [Method("distillspec"), Method("adaspec"), LONG],
     "rates": [
         Method(name, lr=lr, decay=decay)
         for lr in (3e-4, 2e-3, 8e-3)

@@ -63,6 +63,7 @@ from settings import PRESETS, Method, Pair, Settings, parse_settings
 from speculative import Lane, takes_positions
 from stages import (
     Plan,
+    cache_seconds,
     fit,
     open_target,
     stage_settings,
@@ -502,6 +503,7 @@ def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = No
     if not teacher.cache:
         forwards[f"accuracy of {plan.name}"] = len(plan.examples)
     summary["target_forwards"] = forwards
+    summary["cache_seconds"] = cache_seconds(teacher, reference_loss)
     history = options["history"]
     return storage.save_stage(folder, settings, summary, head, cell.tokenizer, history)
 

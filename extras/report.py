@@ -66,7 +66,9 @@ are known, and the drafts are as many as the recorded commands train.
 mean over tasks and seeds. T is the temperature. A gain ("over AdaSPEC") is paired by task and
 seed, with the 95% interval over seeds (Student's t) where there are several. What training took
 is a mean over cells, with the reference of an AdaSPEC draft included: passes over the training
-rows, optimiser steps, loss-bearing tokens, rows that the target was run on. The rank correlations
+rows, optimiser steps, loss-bearing tokens, rows that the target was run on, seconds of training
+and, besides, of filling the caches (older studies did not record these; machines were shared with
+other work, so that seconds compare within a study at best). The rank correlations
 are over the tokens of held-out rows: of the gap, or of the loss alone, before stage 2 with how
 far the draft's loss then falls.
 
@@ -82,6 +84,8 @@ COLUMNS = {  # of a study's table, after alpha: key of a row -> heading, number 
     "steps": ("steps", ",.0f"),
     "loss_tokens": ("loss-bearing tokens", ",.0f"),
     "target_forwards": ("target forwards", ",.0f"),
+    "seconds": ("seconds", ",.0f"),
+    "cache_seconds": ("of caches", ",.0f"),
     "gap_correlation": ("gap correlation", ".3f"),
     "loss_correlation": ("loss correlation", ".3f"),
 }

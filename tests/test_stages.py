@@ -124,6 +124,23 @@ def test_a_cache_for_each_data_set_is_counted_once(make_cell, target_rows):
     assert len(forwards) == 3 and sum(forwards.values()) == 3 * ROWS
 
 
+def test_seconds_of_filling_a_cache_count_once_a_draft(make_cell, target_rows):
+    """A later stage that reads it says as many, those of a reference's are added, and a cache that
+    is there already takes none."""
+    (reference, draft), cost = train_draft(make_cell(), Method("adaspec"))
+    first, second = (
+        read_json(Path(stage.path, "stage.json"))["summary"]["cache_seconds"]
+        for stage in (reference, draft)
+    )
+    assert len(first) == 1 and len(second) == 2 and first.items() <= second.items()
+    assert cost["cache_seconds"] == sum(second.values())
+    (folder,) = Path(make_cell().cache_folder).glob("target")
+    (record,) = folder.glob("*.json")
+    seconds = read_json(record)["seconds"]
+    train_draft(make_cell(), Method("distillspec", epochs=2))
+    assert read_json(record)["seconds"] == seconds > 0
+
+
 def test_no_target_is_run_where_no_loss_asks_for_one(make_cell, target_rows):
     _, cost = train_draft(make_cell(), Method("distillspec", divergence="ce"))
     assert cost["target_forwards"] == sum(target_rows) == 0

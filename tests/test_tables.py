@@ -11,12 +11,12 @@ ROW = {
     "regime": "3-epoch", "prompts": 6, "split": "test",
     "timed_prompts": 1, "gamma": 5, "max_new_tokens": 12, "dtype": "float32", "ranks": 1,
     "device": "cpu", "torch": "2.0", "epochs": 2.0, "steps": 6, "loss_tokens": 3504,
-    "target_forwards": 48, "seconds": 1.4, "cost_ratio": 0.25,
+    "target_forwards": 48, "seconds": 1.4, "cache_seconds": 0.3, "cost_ratio": 0.25,
     "counts": {"rounds": 60, "accepted": 60, "rejected": 40, "per_position": [[40, 20], [60, 40]]},
     "tau_by_gamma": {"1": 1.8, "2": 2.4, "3": 2.7},
     "scoring_ratio": {"1": 1.0, "2": 1.1, "3": 1.25},
 }  # fmt: skip
-TRAINING = ("epochs", "steps", "loss_tokens", "target_forwards", "seconds")
+TRAINING = ("epochs", "steps", "loss_tokens", "target_forwards", "seconds", "cache_seconds")
 
 
 def base_row(**changes):
@@ -39,9 +39,9 @@ def test_the_tables_of_a_run():
         "| gsm8k | tiny | 0 | 1 | AdaSPEC | 0.612 (0.500-0.700) | 2.35 | 0.600 | 0.550 | 1.24x |",
     ]
     assert training.title.startswith("What training took, the reference's included")
-    columns = ["epochs", "steps", "loss tokens", "forwards", "seconds"]
+    columns = ["epochs", "steps", "loss tokens", "forwards", "seconds", "caches"]
     assert list(training.lines[0]) == ["task", "pair", "seed", "draft", *columns]
-    assert cells(training) == [["gsm8k", "tiny", "0", "AdaSPEC", "2.0", "6", "3504", "48", "1"]]
+    assert cells(training) == [["gsm8k", "tiny", "0", "AdaSPEC", "2.0", "6", "3504", "48", "1", "0"]]
     # accepted 40, 20 of judged 60, 40; 60 rounds
     assert list(positions.lines[0])[-3:] == ["of", "1", "2"]
     assert [line[-3:] for line in cells(positions)[:2]] == [

@@ -16,6 +16,7 @@ from adaspec import token_kl
 from data import make_batch, write_examples
 from history import History, Validation
 from settings import Method
+from storage import read_json
 from teacher import BATCHES_A_BLOCK, Frozen, ReferenceLoss, TokenCache
 from tests.damage import DAMAGES
 from tests.launch import run_on_ranks
@@ -154,7 +155,7 @@ def test_a_cache_gives_each_token_its_values(examples, tmp_path):
     assert torch.equal(cache.read(batch), torch.cat(parts)) and len(cache.read(batch)) == len(
         batch.index
     )
-    files = sorted(path.name for path in tmp_path.iterdir())
+    files = sorted(path.name for path in tmp_path.glob("*.bin*"))
     blocks = [f"fingerprint-{number:05d}.bin" for number in range(3)]
     assert files == sorted(blocks + [f"{name}.sha256" for name in blocks])
     assert cache.bytes == sum((tmp_path / name).stat().st_size for name in blocks)
@@ -187,13 +188,15 @@ def test_a_stopped_cache_goes_on_with_the_next_block(examples, tmp_path):
     with pytest.raises(ranks.Stopped, match="SIGINT"):
         stopped.fill(token_values(rows, stop_after=12), CPU, "toy")
     assert len(rows) == 3 * BATCHES_A_BLOCK, "the block is finished, and no other begun"
+    seconds = read_json(stopped.record)["seconds"]
     ranks.stop_signal = None
     (stopped.folder / "fingerprint-00007.bin.partial").touch()  # as a kill leaves it
     small_cache(tmp_path / "stopped", examples).fill(token_values(rows), CPU, "toy")
     assert sorted(rows) == list(range(60)), "an example was run twice or never"
-    for path in whole.folder.iterdir():
+    for path in whole.folder.glob("*.bin*"):
         assert path.read_bytes() == (stopped.folder / path.name).read_bytes()
-    assert len(list(stopped.folder.iterdir())) == 6
+    assert len(list(stopped.folder.glob("*.bin*"))) == 6
+    assert read_json(stopped.record)["seconds"] > seconds > 0, "those of both runs"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

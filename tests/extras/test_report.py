@@ -91,10 +91,10 @@ def test_one_seed_has_no_interval_and_pairs_have_lines_of_their_own():
     rows = make_rows(alphas, [1.0])
     other = [row | {"pair": "big", "alpha": row["alpha"] + 0.1} for row in rows]
     assert report.summary_table(make_study(rows + other))[2:] == [
-        "| tiny: base | 0.300 | -0.300 |  |  |  |  |",
-        "| tiny: DistillSpec | 0.600 |  | 3.0 | 375 | 1,000 | 2,000 |",
-        "| big: base | 0.400 | -0.300 |  |  |  |  |",
-        "| big: DistillSpec | 0.700 |  | 3.0 | 375 | 1,000 | 2,000 |",
+        "| tiny: base | 0.300 | -0.300 |  |  |  |  |  |",
+        "| tiny: DistillSpec | 0.600 |  | 3.0 | 375 | 1,000 | 2,000 | 2 |",
+        "| big: base | 0.400 | -0.300 |  |  |  |  |  |",
+        "| big: DistillSpec | 0.700 |  | 3.0 | 375 | 1,000 | 2,000 | 2 |",
     ]
 
 
