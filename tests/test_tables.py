@@ -41,7 +41,9 @@ def test_the_tables_of_a_run():
     assert training.title.startswith("What training took, the reference's included")
     columns = ["epochs", "steps", "loss tokens", "forwards", "seconds", "caches"]
     assert list(training.lines[0]) == ["task", "pair", "seed", "draft", *columns]
-    assert cells(training) == [["gsm8k", "tiny", "0", "AdaSPEC", "2.0", "6", "3504", "48", "1", "0"]]
+    assert cells(training) == [
+        ["gsm8k", "tiny", "0", "AdaSPEC", "2.0", "6", "3504", "48", "1", "0"]
+    ]
     # accepted 40, 20 of judged 60, 40; 60 rounds
     assert list(positions.lines[0])[-3:] == ["of", "1", "2"]
     assert [line[-3:] for line in cells(positions)[:2]] == [
