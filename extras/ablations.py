@@ -95,7 +95,11 @@ COMPARISONS: dict[str, list[Method]] = {
     # each length is twice the one before: where the passes of AdaSPEC's reference count too, it
     # stands beside the DistillSpec of the next line
     "passes": [*of_lengths(3, 6, 12, 24), Method("distillspec", epochs=48)],
-    "long-passes": [*of_lengths(48), Method("distillspec", epochs=96)],
+    "long-passes": [
+        *of_lengths(48),
+        Method("adaspec", epochs=48, reference_epochs=48, select="random"),
+        Method("distillspec", epochs=96),
+    ],
     "rows": [Method("distillspec"), Method("adaspec"), LONG],
     "rates": [
         Method(name, lr=lr, decay=decay)
