@@ -35,7 +35,16 @@ from extras.studies import (
     rows_by_draft,
     today,
 )
-from tables import grid, in_order, interval, table_order, terminal_text, told_apart
+from tables import (
+    grid,
+    in_order,
+    interval,
+    markdown,
+    speed_table,
+    table_order,
+    terminal_text,
+    told_apart,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path("docs", "results.md")
@@ -89,6 +98,7 @@ COLUMNS = {  # of a study's table, after alpha: key of a row -> heading, number 
     "gap_correlation": ("gap correlation", ".3f"),
     "loss_correlation": ("loss correlation", ".3f"),
 }
+FEWEST_TIMED = 10  # prompts, of a speed-up that is shown
 EAGLE_COLUMNS = {  # of EAGLE's: key of a row -> heading, digits after the point
     "accuracy": ("training accuracy", 3),
     "alpha": ("alpha", 3),
@@ -234,6 +244,10 @@ def study_text(path: Path, study: dict) -> str:
     if len(distinct(study["rows"], "task")) > 1:
         title = f"Alpha by task, with the gain over {baselines(study)[0]}:"
         parts += [title, "\n".join(task_table(study))]
+    timed = [row for row in study["rows"] if row.get("timed_prompts", 0) >= FEWEST_TIMED]
+    if timed and not distinct(timed, "accuracy"):  # EAGLE's table has its speed-ups
+        speeds = speed_table(timed)
+        parts += [speeds.title, "\n".join(markdown(speeds))]
     for draft, reason in study.get("left_out", {}).items():
         parts.append(f"Not shown: {draft}, {reason}.")
     versions = "commit {git}, Python {python}, torch {torch}, transformers {transformers}"

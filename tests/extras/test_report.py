@@ -128,6 +128,14 @@ def test_the_page_is_what_the_studies_say():
     assert report.main(["--check"]) == 0
 
 
+@pytest.mark.parametrize(("prompts", "is_shown"), [(10, True), (9, False)])
+def test_speeds_are_shown_of_studies_that_timed_enough_prompts(prompts, is_shown):
+    rows = make_rows({"DistillSpec": {"gsm8k": [0.5]}}, [0.0])
+    rows = [row | {"timed_prompts": prompts, "tokens_per_second": 40.0} for row in rows]
+    text = report.study_text(report.Path("one.json"), make_study(rows))
+    assert ("| gsm8k | tiny | 0 | 0 | DistillSpec | 1.20x | 25.0 |" in text) is is_shown
+
+
 def test_recorded_commands_of_today_can_be_run(tmp_path, monkeypatch):
     """Every command of run_all.py, extras.ablations and extras.eagle in results/ parses."""
     monkeypatch.chdir(tmp_path)
