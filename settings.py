@@ -99,7 +99,9 @@ class Method:
     """How a draft is trained. Fields that are no flags are for studies (extras/ablations.py)."""
 
     name: str  # distillspec: on all tokens; adaspec: on the selected ones; best: see METHODS
-    divergence: str = flag("fkl", one_of(LOSSES), f"loss of the draft: {', '.join(LOSSES)}")
+    divergence: str = flag(
+        "fkl", one_of(LOSSES), f"loss of the draft, that of best too: {', '.join(LOSSES)}"
+    )
     data: str = flag(
         "ground-truth",
         one_of(SOURCES),
@@ -303,6 +305,7 @@ def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Setti
     parser.set_defaults(**PROTOCOLS.get(chosen.protocol, {}))
     if getattr(chosen, "target", None):  # no flag of every command
         parser.set_defaults(pairs=("custom",))
+    parser.set_defaults(divergence=None)  # where no flag says otherwise each method has its own
     arguments = vars(parser.parse_args(argv))
     names = {setting.name for setting in fields(settings_class)}
     settings = settings_class(**{key: arguments[key] for key in names & arguments.keys()})
@@ -312,9 +315,11 @@ def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Setti
     methods = []
     for name in settings.methods:
         flags = {"data": arguments["data"]}
-        if name != "best":
+        if arguments["divergence"]:
             flags["divergence"] = arguments["divergence"]
-        elif settings.batch:
+        elif name == "best" and settings.draft_layers:
+            flags["divergence"] = "lk_hybrid"  # such a draft agrees with nothing at first
+        if name == "best" and settings.batch:
             flags["batch"] = settings.batch
         if name == "adaspec":
             flags["k"] = arguments["k"]

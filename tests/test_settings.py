@@ -127,6 +127,23 @@ def test_flags_of_training_go_to_the_methods_they_are_for():
     assert settings.methods == ("best", "adaspec", "distillspec")
 
 
+@pytest.mark.parametrize(
+    ("flags", "divergences"),
+    [
+        ("", ["tvd", "fkl"]),
+        ("--divergence lk", ["lk", "lk"]),
+        ("--target T --draft D", ["tvd", "fkl"]),
+        ("--target T --draft-layers 1", ["lk_hybrid", "fkl"]),
+        ("--target T --draft-layers 1 --divergence tvd", ["tvd", "tvd"]),
+    ],
+)
+def test_every_method_has_a_loss_of_its_own_unless_a_flag_says_another(flags, divergences):
+    """best has LK-hybrid for a draft that is made of layers: TVD learns little from a start that
+    agrees with nothing (results/smollm2-losses.json)."""
+    _, methods = parse("--methods", "best,adaspec", *flags.split())
+    assert [method.divergence for method in methods] == divergences
+
+
 def test_names_ignore_case():
     """Issue 14.12: --methods AdaSPEC trained plain distillation and ended in a KeyError."""
     flags = "--methods AdaSPEC,DistillSpec,BEST --tasks GSM8K,XSum --pairs Pythia --data On-Policy"
