@@ -391,9 +391,8 @@ def with_short_head(cell: Cell, draft: Model, target: Model, methods: list[Metho
     if any(method.data == "target" for method in methods):
         examples = written_by_target(cell, target, draft, examples)
     token_ids = frequent_tokens(examples, size, cell.ends)
-    folder = cell.folder / f"draft-vocab-{size}"
     settings = {"draft": draft.fingerprint, "token_ids": token_ids.tolist()}
-    folder = stage_folder(folder, settings)
+    folder = stage_folder(cell.folder / f"draft-vocab-{size}", settings)
     finished = finished_stage(folder, settings)
     if finished:
         return finished
@@ -445,13 +444,12 @@ def draft_plan(
     _, reference_epochs, draft_epochs = cell.recipe.epochs
     if method.name == "best":
         draft_epochs += reference_epochs
-    name = stage_name(method, method.epochs or draft_epochs)
+    epochs = method.epochs or draft_epochs
+    name = stage_name(method, epochs)
     examples = examples or cell.examples
     if method.data == "target":
         examples = written_by_target(cell, target, start, examples)
-    epochs, batch_size, max_steps = matching(
-        cell, method, method.epochs or draft_epochs, len(examples)
-    )
+    epochs, batch_size, max_steps = matching(cell, method, epochs, len(examples))
     return Plan(
         name=name,
         init=start,

@@ -31,6 +31,7 @@ from own_rows import (
     check_text,
     own_row,
     prompt_tokens,
+    text_tokens,
 )
 from storage import fingerprint, is_whole, write_checked
 
@@ -341,7 +342,7 @@ def encode(
 def _own_tokens(row: dict, tokenizer) -> RowTokens:
     if isinstance(row["prompt"], list):
         return chat_tokens(row, tokenizer)
-    prompt = _tokenise_prompts(tokenizer, [row["prompt"]])[0]
+    prompt = text_tokens([row["prompt"]], tokenizer)[0]
     if row["response"] is None:
         return RowTokens(prompt, [])
     response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
@@ -352,20 +353,13 @@ def _task_tokens(
     spec: Task, rows: Sequence[dict], tokenizer, max_length: int
 ) -> Iterator[RowTokens]:
     """The tokens of all rows, whose texts are tokenised together: that is done in parallel."""
-    prompts = _tokenise_prompts(tokenizer, [spec.prompt(row) for row in rows])
+    prompts = text_tokens([spec.prompt(row) for row in rows], tokenizer)
     responses = tokenizer([spec.response(row) for row in rows], add_special_tokens=False)
     for row, prompt, response in zip(rows, prompts, responses["input_ids"], strict=True):
         shorter = _cut(spec, row, len(prompt), tokenizer, max_length)
         if shorter is not row:
-            prompt = _tokenise_prompts(tokenizer, [spec.prompt(shorter)])[0]
+            prompt = text_tokens([spec.prompt(shorter)], tokenizer)[0]
         yield RowTokens(prompt, [*response, tokenizer.eos_token_id])
-
-
-def _tokenise_prompts(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Tokens with the start token, where the tokenizer puts one, and without the end token that
-    some put."""
-    end = [tokenizer.eos_token_id]
-    return [ids[:-1] if ids[-1:] == end else ids for ids in tokenizer(texts)["input_ids"]]
 
 
 def _cut(spec: Task, row: dict, prompt_length: int, tokenizer, max_length: int) -> dict:

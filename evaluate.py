@@ -108,17 +108,16 @@ class Record(NamedTuple):
 def decode_group(
     target, drafts: dict, prompts: list[Tensor], gamma: int, sampling: dict, seed: int
 ) -> dict[str, list[Record]]:
-    """Decode a batch of prompts with every draft; each draft's random numbers are its own, whatever
-    other drafts there are."""
+    """Decode a batch of prompts with every draft; each draws from the same seed, whatever other
+    drafts there are."""
     generator = torch.Generator(target.device)
     sampling = sampling | {"generator": generator}
     ends, vocab_size = sampling["eos_token_id"], sampling["vocab_size"]
     input_ids, mask = left_pad(prompts, target.device)
-    width = input_ids.shape[1]
     generator.manual_seed(seed)
     text = autoregressive_generate(target, input_ids, mask, **sampling).cpu()
     written = []
-    for prompt, tokens in zip(prompts, text[:, width:], strict=True):
+    for prompt, tokens in zip(prompts, text[:, input_ids.shape[1] :], strict=True):
         whole_text = torch.cat([prompt, until_end(tokens, ends)])
         written.append(Example(whole_text.int().numpy(), len(prompt)))
     lengths = [len(example.input_ids) - example.prompt_length for example in written]

@@ -163,14 +163,21 @@ def _until_turn_ends(text: str, content: str, tokenizer) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
+def text_tokens(texts: list[str], tokenizer) -> list[list[int]]:
+    """Tokens of prompts with the start token, where the tokenizer puts one, and without the end
+    token that some put."""
+    end = [tokenizer.eos_token_id]
+    return [ids[:-1] if ids[-1:] == end else ids for ids in tokenizer(texts)["input_ids"]]
+
+
 def prompt_tokens(prompt: str | list[dict], tokenizer, chat: bool = False) -> list[int]:
-    """The tokens of a prompt: a text as the tokenizer takes it, a list of messages, or with `chat`
+    """The tokens of a prompt: a text as `text_tokens` has it, a list of messages, or with `chat`
     any text as a user's message, as the chat template renders it. Raises ValueError where there
     is no template."""
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        return text_tokens([prompt], tokenizer)[0]
     return chat_tokens(OwnRow(prompt, None, "the prompt"), tokenizer).prompt
 
 

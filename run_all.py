@@ -87,10 +87,11 @@ def evaluate_drafts(
     cell, target: Model, drafts: dict, costs: dict, load: Callable = load_model
 ) -> list[dict]:
     """The drafts' rows of the table. The rows of each draft are a file, named by its label, the
-    protocol and what the models are: used again, and replaced if prompts or temperatures are
-    others."""
+    protocol and what the models are: used again, and replaced if prompts, temperatures or end
+    tokens are others."""
     protocol = evaluation_protocol(cell)
     subject = {"prompts": digest(cell.test), "temperatures": list(cell.settings.temperatures)}
+    subject["ends"] = cell.ends
     rows, paths = {}, {}
     for label, draft in drafts.items():
         paths[label] = evaluation_path(cell, label, target, draft)

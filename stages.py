@@ -253,7 +253,7 @@ def on_policy(cell, method: Method, examples: Sequence[Example]) -> OnPolicy | N
 
 
 def written_by_target(
-    cell, target: Model, draft: Model, examples: Sequence[Example]
+    cell, target: Model, draft: Model | None, examples: Sequence[Example]
 ) -> list[Example]:
     """The examples with responses that the target writes, in blocks that are kept as they are
     written, each rank its share: a stopped run goes on with the next block. Pairs share them, and

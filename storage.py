@@ -133,14 +133,14 @@ def lock(folder: Path) -> Iterator[None]:
     Raises ValueError where another run holds it or it cannot be written to.
     """
     make_folder(folder)
-    try:
-        with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "w") as file:
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process
-            yield
-    except BlockingIOError:
-        raise ValueError(
-            f"another run is using {folder}: wait for it, or give another --out"
-        ) from None
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is using {folder}: wait for it, or give another --out"
+            ) from None
+        yield
 
 
 # Stages: a folder with a trained model, and stage.json, which says what made it

@@ -279,7 +279,7 @@ def train(
 
         # what it did
         summary["seconds"] = time.perf_counter() - started
-        tokens = sum(lengths[row] for row in rows)
+        tokens = sum(len(state.examples[row].input_ids) for row in rows)
         state.record(rows, tokens, total, int(count), skipped)
         counts = {"loss": total, "loss_tokens": int(count), "tokens": tokens}
         counts["response_tokens"] = state.response_tokens(rows)

@@ -12,6 +12,7 @@ import torch
 
 import data
 from arithmetic import arithmetic_rows
+from own_rows import prompt_tokens
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 REAL = ["gsm8k", "alpaca", "mbpp", "cnn_dailymail", "xsum"]
@@ -105,6 +106,8 @@ def test_start_token_once_and_no_end_token_inside(tokenizer):
     (example,), _ = encode_one(with_start, "one two", "three")
     plain = [*tokenizer("one two")["input_ids"], *tokenizer("three")["input_ids"]]
     assert example.input_ids.tolist() == [5, *plain, end]
+    # a prompt of the command lines is the one that drafts are trained and evaluated on
+    assert prompt_tokens("one two", with_start) == data.prompt_ids(example).tolist()
 
 
 def test_tokenizer_without_end_token_is_refused(tokenizer):

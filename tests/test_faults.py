@@ -94,6 +94,12 @@ def test_two_runs_on_one_folder(tmp_path, short_flags):
         run_all.main([*short_flags, "--out", str(tmp_path)])
 
 
+def test_an_error_of_a_run_is_not_taken_for_another_run(tmp_path):
+    """A full pipe that does not block raises what a lock that is held does."""
+    with pytest.raises(BlockingIOError, match="full"), storage.lock(tmp_path):
+        raise BlockingIOError("full")
+
+
 # Runs ended from outside
 
 

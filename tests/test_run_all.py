@@ -623,3 +623,7 @@ def test_drafts_of_other_kinds_are_loaded_by_their_own_way(tmp_path, monkeypatch
     again = run_all.evaluate_drafts(cell, target, drafts, costs, load)
     assert loads[1:] == [("network of T", {"head": "network of H2"})]
     assert labels_of(again, "folder") == [(0, "D"), (0, "H2"), (1, "D"), (1, "H2")]
+    # other end tokens are other texts
+    cell.ends = [*cell.ends, 7]
+    run_all.evaluate_drafts(cell, target, drafts, costs, load)
+    assert len(loads) == 3 and len(loads[2][1]) == 2

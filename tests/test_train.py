@@ -417,19 +417,23 @@ def test_responses_are_written_when_their_rows_come_up(make_model, examples):
         return fine_tuning_step(student, batch)
 
     on_policy = Written(examples, refresh=2)
-    train_copy(make_model(), examples, step, on_policy=on_policy, max_steps=5)
+    _, summary = train_copy(make_model(), examples, step, on_policy=on_policy, max_steps=5)
     order = batches(lengths(examples), 6, 0, 0)
     assert [(step, rows) for step, rows, _ in on_policy.calls] == [
         (step, sorted(row for rows in order[step : step + 2] for row in rows)) for step in (0, 2, 4)
     ]
     assert len({total for _, _, total in on_policy.calls}) == 3
+    tokens = 0
     for number, (rows, labels) in enumerate(batches_seen):
         assert rows == order[number]
+        for row in rows:
+            tokens += examples[row].prompt_length + 3 if row % 5 else len(examples[row].input_ids)
         expected = []
         for row in rows:
             ids, length, _ = examples[row]
             expected += [number // 2 * 2 + 7] * 3 if row % 5 else ids[length:].tolist()
         assert labels == expected
+    assert summary["tokens"] == tokens, "of what was trained on"
 
 
 def test_ranks_share_the_writing_out(make_model, examples, monkeypatch):
