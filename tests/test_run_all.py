@@ -451,13 +451,14 @@ def test_a_target_alone_and_a_number_of_layers_are_a_pair(tmp_path, tokenizer, m
     flags += [*FEW, "--tasks", "custom", "--methods", "best", "--out", str(tmp_path / "out")]
     run_all.main([*flags, "--max-steps", "1"])
     stages = settings_of(tmp_path / "out")
-    assert set(stages) == {"base-draft", "best-6-epochs"}, "the target is taken as it is"
+    best = "best-6-epochs-divergence-lk_hybrid"
+    assert set(stages) == {"base-draft", best}, "the target is taken as it is"
     (folder,) = tmp_path.glob("out/custom-T-1-layer-*/base-draft")
     record = json.loads((folder / "stage.json").read_text())
-    assert stages["best-6-epochs"]["init"] == record["fingerprint"]
+    assert stages[best]["init"] == record["fingerprint"]
     rows = results_of(tmp_path / "out")["rows"]
     assert {(row["draft"], row["folder"]) for row in rows} == {
-        ("base", "base-draft"), ("best", "best-6-epochs"),
+        ("base", "base-draft"), ("best divergence=lk_hybrid", best),
     }  # fmt: skip
     capsys.readouterr()
     run_all.main([*flags, "--max-steps", "1"])
