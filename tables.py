@@ -239,8 +239,8 @@ def speed_table(rows: list[dict]) -> Table:
 
 
 def training_seconds(row: dict) -> float:
-    """Of the draft and its reference, and of filling the caches that they read (which records of
-    before November 2026 lack)."""
+    """Of the draft and its reference, and of filling the caches that they read (which older
+    records lack)."""
     return row["seconds"] + row.get("cache_seconds", 0.0)
 
 

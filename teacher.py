@@ -182,7 +182,8 @@ class TokenCache:
         if rank() == 0:
             for path in self.folder.glob("*.partial"):
                 path.unlink()
-        from_rank_0()  # wait for rank 0
+            self.seconds = read_json(self.record).get("seconds", 0.0)
+        self.seconds = from_rank_0(self.seconds)
         own = [n for n in range(rank(), len(self.blocks), world_size()) if is_whole(self.path(n))]
         whole = {block for blocks in gather_objects(own) for block in blocks}
         missing = [n for n in range(len(self.blocks)) if n not in whole]
@@ -198,14 +199,13 @@ class TokenCache:
             if number is not None:
                 content = values.view(torch.uint8).numpy()
                 write_checked(self.path(number), lambda file, content=content: file.write(content))
+            self.seconds += time.perf_counter() - started
             if rank() == 0:
-                seconds = read_json(self.record).get("seconds", 0.0)
-                seconds += time.perf_counter() - started
-                write_json(self.record, {"seconds": seconds})
+                write_json(self.record, {"seconds": self.seconds})
             check_stop()
         bar.close()
         gather_objects(None)  # wait for all
-        self.seconds = from_rank_0(read_json(self.record).get("seconds", 0.0))
+        self.seconds = from_rank_0(self.seconds)
         self._open()
 
     def path(self, number: int) -> Path:

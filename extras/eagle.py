@@ -563,7 +563,7 @@ def parse_arguments(argv) -> tuple[EagleSettings, list[Method]]:
     parser.add_argument(
         "--k", type=decimal(0, 1, above=True), default=0.4, help="AdaSPEC's fraction of tokens"
     )
-    parser.set_defaults(divergence="fkl", data="ground-truth")  # a head has no others
+    parser.set_defaults(data="ground-truth")  # a head has no others
     settings, methods = parse_settings(parser, argv, EagleSettings)
     if settings.pairs == PRESETS["tiny"]["pairs"]:
         settings = replace(settings, pairs=("tiny-eagle",))
