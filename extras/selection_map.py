@@ -135,7 +135,8 @@ def opening(folder: Path) -> list[str]:
     `folder` has their files. What they show is each file's note."""
     parts = []
     for pattern, heading, table in OPENING:
-        studies = [load_json(path) for path in sorted(folder.glob(pattern))]
+        paths = sorted(folder.glob(pattern), key=lambda path: path.stem)
+        studies = [load_json(path) for path in paths]
         if studies:
             notes = [study["note"] for study in studies]
             parts += [heading, *notes, "\n".join(table(studies))]
