@@ -22,6 +22,7 @@ RUN = "--preset tiny --limit 64 --max-steps 8 --epochs 2,2,2 --eval-prompts 8 --
 TIMES = {  # of a row of results.json
     "speedup", "speedup_interval", "speedup_by_gamma", "tokens_per_second",
     "target_tokens_per_second", "seconds_per_response", "cost_ratio", "scoring_ratio", "seconds",
+    "cache_seconds",
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ ROOT = Path(run_all.__file__).parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 TIMES = {
     "speedup", "speedup_interval", "tokens_per_second", "target_tokens_per_second",
-    "seconds_per_response", "cost_ratio", "scoring_ratio", "seconds",
+    "seconds_per_response", "cost_ratio", "scoring_ratio", "seconds", "cache_seconds",
 }  # fmt: skip
 
 
