@@ -354,11 +354,13 @@ def has_thin_products(module) -> bool:
 
 def thin_linear(linear: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     """linear(hidden), where hidden [..., d] has few rows as W @ x.T: so MKL reads the weights once,
-    where x @ W.T for 2 to 8 rows takes about twice as long as for one."""
+    where x @ W.T for 2 to 8 rows takes about twice as long as for one. It takes four rows faster
+    than three, and eight faster than seven: there a row of zeros is added."""
     rows = hidden.numel() // hidden.shape[-1]
     if not 1 < rows <= THIN_ROWS:
         return F.linear(hidden, linear.weight, linear.bias)
-    output = (linear.weight @ hidden.reshape(rows, -1).t()).t().contiguous()
+    states = F.pad(hidden.reshape(rows, -1), (0, 0, 0, 1 if rows % 4 == 3 else 0))
+    output = (linear.weight @ states.t()).t()[:rows].contiguous()
     if linear.bias is not None:
         output += linear.bias
     return output.view(*hidden.shape[:-1], -1)
