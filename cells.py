@@ -81,7 +81,8 @@ class Cell:
     def cache_folder(self) -> Path:
         """Where is kept what the frozen models say. A target that is taken as it is says the same
         to all seeds: run_all.py removes its cache after the last, others after each cell."""
-        return self.folder / "cache" if self.recipe.epochs[0] else Path(self.settings.out, "cache")
+        shared = Path(self.settings.out, "frozen-cache")
+        return self.folder / "cache" if self.recipe.epochs[0] else shared
 
     @property
     def prompts_only(self) -> bool:

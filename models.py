@@ -46,7 +46,8 @@ CONTENT = (
 
 def resolve_model(name: str, models_dir: str | None) -> str:
     """A model's folder under models_dir (by its whole name or the part after the slash), a local
-    folder, or a Hub id. Raises ValueError for a name that is not in models_dir or leads out of it.
+    folder (a relative path), or without models_dir a Hub id. Raises ValueError for a name that is
+    neither, or that leads out of models_dir.
     """
     candidates = []
     if models_dir:

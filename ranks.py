@@ -120,6 +120,6 @@ def stop_requested() -> signal.Signals | None:
 
 
 def check_stop() -> None:
-    """Raises Stopped if a signal has asked to stop. Call it where everything done is saved."""
+    """Raises Stopped if a signal has asked to stop. Call it where little would be lost."""
     if stop_signal:
         raise Stopped(stop_signal.name)

@@ -206,11 +206,12 @@ def checked_cells(
             if task == settings.tasks[0]:
                 say_ignored_settings(cell)
         for pair, task, seed in product(settings.pairs, settings.tasks, settings.seeds):
-            yield prepare(pair, task, seed, settings, device)
+            cell = prepare(pair, task, seed, settings, device)
+            yield cell
             if rank() == 0:
                 write_results(settings.out, started)
                 if seed == settings.seeds[-1]:
-                    storage.remove_folder(Path(settings.out, "cache"))
+                    storage.remove_folder(cell.cache_folder)
 
 
 def say_ignored_settings(cell: Cell) -> None:

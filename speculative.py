@@ -560,7 +560,7 @@ def speculative_generate(
                 usable = [0] * len(active)
             g = max(usable)
             # Copied now: to a GPU that is busy, the copy would wait
-            limit = torch.tensor(usable, device=device)
+            usable_drafts = torch.tensor(usable, device=device)
             # The round's draws: g drafts, g tests, 1 token of the target's own; none when greedy.
             draws = (len(active), 2 * g + 1 if temperature > 0 else 0)
             uniforms = torch.rand(draws, generator=generator, device=device, dtype=torch.float64)
@@ -574,9 +574,9 @@ def speculative_generate(
             # Verify: accept drafts up to the first that fails, and add a token of the target's own
             if temperature > 0:
                 p = distribution(logits, *sampling)
-                accepted, own_token = verify(p, q, drafts, limit, uniforms[:, g:], relax)
+                accepted, own_token = verify(p, q, drafts, usable_drafts, uniforms[:, g:], relax)
             else:
-                accepted, own_token = verify_greedy(logits, drafts, limit, relax)
+                accepted, own_token = verify_greedy(logits, drafts, usable_drafts, relax)
             # the round's one wait for the device (in a forward with a mask, transformers waits too)
             results = torch.cat([accepted[:, None], own_token, drafts], 1).tolist()
             for i, row in enumerate(active):

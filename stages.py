@@ -192,7 +192,7 @@ def keep_outside(cell, plan: Plan, target: Model, teacher: Frozen) -> None:
     teacher.use_outside(cache, cell.device, f"{cell.task} short head")
     say(
         f"  short head: {teacher.head.size} of {len(cell.tokenizer)} tokens, with "
-        f"{teacher.coverage:.4f} of the target's probability, the most that alpha can be at T = 1"
+        f"{teacher.coverage:.4f} of the target's probability, a bound on alpha at T = 1"
     )
 
 

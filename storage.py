@@ -177,7 +177,8 @@ def _is_taken(folder: Path, wanted: str) -> bool:
 
 def finished_stage(folder: Path, settings: dict) -> Model | None:
     """The stage in `folder` if it was made by equal settings and its files are whole, else None;
-    says so where it is damaged. The same answer on every rank."""
+    says so where it is damaged. The same answer on every rank. Raises ValueError where a file
+    other than weights was changed: training anew would replace the change."""
     stage = Model(str(folder), fingerprint(settings))
     whole = rank() == 0 and _is_finished(folder, stage.fingerprint)
     if not from_rank_0(whole):
@@ -191,9 +192,16 @@ def _is_finished(folder: Path, wanted: str) -> bool:
     if record.get("fingerprint") != wanted:
         return False
     for name, sha256 in record["files"].items():
-        if not (folder / name).is_file() or checksum(folder / name) != sha256:
-            say(f"  {folder / name} is damaged: training the stage anew")
-            return False
+        path = folder / name
+        if path.is_file() and checksum(path) == sha256:
+            continue
+        if path.is_file() and path.suffix != ".safetensors":  # somebody's work, such as an edit
+            raise ValueError(
+                f"{path} has changed since training; put it back, or move {folder} away to train "
+                "the stage anew"
+            )
+        say(f"  {path} is damaged: training the stage anew")
+        return False
     return True
 
 

@@ -104,7 +104,8 @@ def markdown_text(rows: list[dict], machine: str) -> str:
 
 def comparable(rows: list[dict]) -> list[list[dict]]:
     """The rows, apart by pair and by how they were decoded."""
-    return list(grouped(rows, "pair", "gamma", "max_new_tokens").values())
+    decoding = ("gamma", "max_new_tokens", "prompts", "timed_prompts")
+    return list(grouped(rows, "pair", *decoding).values())
 
 
 def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
@@ -287,8 +288,8 @@ def training_table(rows: list[dict]) -> Table:
 
 
 def verdicts(rows: list[dict], machine: str) -> list[str]:
-    """A line a task and draft: does it pay, by how much, from which acceptance on? By the cost
-    model, in the mean over seeds, with what was measured beside it."""
+    """A line a task and draft: does it pay, by how much, from which acceptance on? As measured, or
+    "may", where only the cost model says so, of another gamma; in the mean over seeds."""
     groups = grouped(rows, "task", "draft")
     several = len({task for task, _ in groups}) > 1
     lines = []
@@ -301,21 +302,24 @@ def verdicts(rows: list[dict], machine: str) -> list[str]:
 def verdict(rows: list[dict], machine: str) -> str:
     """What `verdicts` says of a draft's rows, of any temperatures and seeds."""
     run_gamma = rows[0]["gamma"]
-    speedups, parts, checks = {}, [], []
+    measured, predicted, parts, checks = {}, {}, [], []
     for (temperature,), own in grouped(rows, "temperature").items():
         name = f"T = {temperature:g}"
-        measured = statistics.mean(row["speedup"] for row in own)
-        predictions = mean_predictions(own) or {run_gamma: measured}
+        measured[name] = statistics.mean(row["speedup"] for row in own)
+        predictions = mean_predictions(own) or {run_gamma: measured[name]}
         gamma = recommend(predictions)
-        speedups[name] = predictions[gamma]
-        parts.append(f"{speedups[name]:.2f}x at {name} (gamma {gamma})")
-        check = f"{measured:.2f}x"
+        predicted[name] = predictions[gamma]
+        parts.append(f"{predicted[name]:.2f}x at {name} (gamma {gamma})")
+        check = f"{measured[name]:.2f}x"
         if run_gamma in predictions:
             check += f" (predicted {predictions[run_gamma]:.2f}x)"
         checks.append(check)
-    gaining = [name for name, speedup in speedups.items() if speedup > 1]
-    answer = f"pays on {machine}" if gaining else f"does not pay on {machine}"
-    if 0 < len(gaining) < len(speedups):
+    answer, gaining = "does not pay", []
+    for verb, speedups in (("may pay", predicted), ("pays", measured)):
+        if max(speedups.values()) > 1:
+            answer, gaining = verb, [name for name, value in speedups.items() if value > 1]
+    answer += f" on {machine}"
+    if 0 < len(gaining) < len(measured):
         answer += f" at {', '.join(gaining)} alone"
     text = f"{answer}: {', '.join(parts)}"
     acceptance = break_even(rows)
@@ -324,7 +328,7 @@ def verdict(rows: list[dict], machine: str) -> str:
     where = "at no acceptance"
     if acceptance != "never":
         where = f"from an acceptance of {acceptance} on"
-    return f"{text}; it would {where}. Measured at gamma {run_gamma}: {', '.join(checks)}."
+    return f"{text}; such a draft pays {where}. Measured at gamma {run_gamma}: {', '.join(checks)}."
 
 
 def mean_predictions(rows: list[dict]) -> dict[int, float]:

@@ -169,7 +169,7 @@ def test_other_settings_are_another_stage(stage):
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, lambda path: path.unlink()])
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "stage.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "stage.json"])
 def test_a_damaged_stage_is_named_and_not_used(stage, capsys, damage, name):
     folder, settings = stage
     damage(folder / name)
@@ -177,6 +177,18 @@ def test_a_damaged_stage_is_named_and_not_used(stage, capsys, damage, name):
     assert storage.finished_stage(folder, settings) is None
     printed = capsys.readouterr().out
     assert f"{folder / name} is damaged" in printed or (missing and name == "stage.json")
+
+
+def test_an_edited_stage_is_not_replaced(stage, capsys):
+    """It was trained anew, and the edit was gone."""
+    folder, settings = stage
+    path = folder / "generation_config.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(ValueError, match="has changed since training; put it back"):
+        storage.finished_stage(folder, settings)
+    path.unlink()
+    assert storage.finished_stage(folder, settings) is None
+    assert f"{path} is damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '{"fingerprint": 1}', ""])

@@ -1,6 +1,7 @@
 """Comparisons: their drafts and labels, the flags of studies, the columns they add, mixed tasks."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -180,7 +181,8 @@ def test_matchings_share_what_they_say(toy_pair, tmp_path, capsys):
     own_tokens = tokens["loss_tokens"] - uniform["loss_tokens"]
     assert own_tokens == pytest.approx(uniform["loss_tokens"], rel=0.03)
     assert {row["target_forwards"] for row in (uniform, steps, epochs, tokens)} == {60}
-    assert "AdaSPEC match=tokens pays on" in capsys.readouterr().out.replace("does not pay", "pays")
+    printed = re.sub("does not pay|may pay", "pays", capsys.readouterr().out)
+    assert "AdaSPEC match=tokens pays on" in printed
     page = (tmp_path / "results.md").read_text()
     lines = page.count("| AdaSPEC match=tokens |")
     assert lines == 1 + 2 * (2 + 1 + 1), "what it took; by temperature, two lines of positions"
