@@ -106,16 +106,17 @@ class Cell:
         )
 
     @property
-    def plan(self) -> str:
+    def announcement(self) -> str:
         """The line that announces the cell, all its seeds together."""
-        batches = -(-len(self.examples) // self.recipe.batch_size)
-        limit = self.settings.max_steps or sys.maxsize
-        steps = [str(min(epochs * batches, limit)) for epochs in self.recipe.epochs]
         seeds = ", ".join(map(str, self.settings.seeds))
-        return (
+        epochs = ", ".join(map(str, self.recipe.epochs))
+        text = (
             f"{self.name} / {self.task} / seed {seeds}: {self.sizes}; "
-            f"steps of target, reference, draft: {', '.join(steps)}"
+            f"epochs of target, reference, draft: {epochs}"
         )
+        if self.settings.max_steps:
+            text += f", at most {self.settings.max_steps} steps each"
+        return text
 
 
 # Making and checking a cell

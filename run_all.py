@@ -202,7 +202,7 @@ def checked_cells(
             # seeds differ in nothing that is checked
             cell = prepare(pair, task, settings.seeds[0], settings, device)
             check_cell(cell, methods)
-            say(cell.plan)
+            say(cell.announcement)
             if task == settings.tasks[0]:
                 say_ignored_settings(cell)
         for pair, task, seed in product(settings.pairs, settings.tasks, settings.seeds):

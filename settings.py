@@ -273,7 +273,12 @@ class Settings:
     )
     temperatures: tuple[float, ...] = (0.0, 1.0)
     gamma: int = flag(5, whole(), "tokens drafted a round", "evaluation")
-    max_new_tokens: int = flag(128, whole(2), "tokens of a response", "evaluation")
+    max_new_tokens: int = flag(
+        128,
+        whole(2),
+        "tokens of a response, of those too that models write to train on",
+        "evaluation",
+    )
     split: str = "test"  # choose on validation rows
     validation_rows: int = 16  # that alpha is watched on as drafts learn
     eval_prompts: int = flag(200, whole(), "prompts that acceptance is counted on", "evaluation")

@@ -66,7 +66,7 @@ def test_a_cell_of_a_pair_from_scratch(toy_cell, toy_settings):
     )
 
 
-def test_the_plan_says_the_steps_of_all_seeds(toy_cell, toy_settings):
+def test_a_cell_is_announced_for_all_seeds(toy_cell, toy_settings):
     lengths = [example.prompt_length for example in toy_cell.examples]
     dropped = sum(length >= max(lengths) for length in lengths)
     flags = {"seeds": (0, 7), "epochs": (0, 1, 5), "max_steps": 7, "max_length": max(lengths)}
@@ -76,8 +76,9 @@ def test_the_plan_says_the_steps_of_all_seeds(toy_cell, toy_settings):
         cell.sizes.startswith(f"{24 - dropped} train rows, ") and f" ({dropped} and" in cell.sizes
     )
     assert cell.sizes.endswith(f"within {max(lengths)} tokens)")
-    assert cell.plan == (
-        f"toy / arithmetic / seed 0, 7: {cell.sizes}; steps of target, reference, draft: 0, 2, 7"
+    assert cell.announcement == (
+        f"toy / arithmetic / seed 0, 7: {cell.sizes}; "
+        "epochs of target, reference, draft: 0, 1, 5, at most 7 steps each"
     )
 
 

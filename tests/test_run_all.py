@@ -246,7 +246,7 @@ def test_a_grid_is_checked_before_its_first_cell_is_run(tmp_path, capsys):
     assert plan[0] == "Plan"
     for line, (pair, task) in zip(plan[1:5], grid, strict=True):
         assert line.startswith(f"{pair} / {task} / seed 0, 7: 20 train rows, 2 test prompts")
-        assert line.endswith("steps of target, reference, draft: 6, 6, 6")
+        assert line.endswith("epochs of target, reference, draft: 3, 3, 3")
     cells.clear()
     settings = replace(settings, tasks=("gsm8k", "mbpp"))
     with pytest.raises(FileNotFoundError, match=r"mbpp.train\.jsonl does not exist"):
