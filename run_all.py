@@ -170,16 +170,17 @@ def main(argv=None) -> None:
     add_flags(parser, Method)
     settings, methods = parse_settings(parser, argv)
     rows = []
-    commands = {}  # to try a pair of one's own
+    samples = {}  # of a pair of one's own, by task: `sample_command` of the best seed
     for cell in checked_cells(settings, methods):
         cell_rows = run_cell(cell, methods)
         rows += cell_rows
         if cell.name.startswith("custom"):
-            commands[cell.task] = sample_command(cell, cell_rows)
+            sample = sample_command(cell, cell_rows)
+            samples[cell.task] = max(sample, samples.get(cell.task, sample))
     print_tables(rows, settings.out)
-    if commands:
+    if samples:
         say("To serve the pair: docs/serving.md. To try it:\n")
-        say("\n\n".join(commands.values()))
+        say("\n\n".join(command for _, command in samples.values()))
     leave()
 
 
@@ -227,18 +228,19 @@ def print_tables(rows: list[dict], out: str) -> None:
     say(f"Results: {out}/results.json and results.md; models: {out}/<pair>/<task>/seed<n>/")
 
 
-def sample_command(cell, rows: list[dict]) -> str:
-    """The command that decodes a held-out prompt with the draft of the largest speed-up that the
-    cost model predicts."""
+def sample_command(cell, rows: list[dict]) -> tuple[float, str]:
+    """The largest speed-up of a draft that the cost model predicts, and the command that decodes a
+    held-out prompt with this draft."""
     trained = [row for row in rows if row["draft"] != "base"]
-    best = max(trained, key=lambda row: max(predicted_speedups(row).values(), default=0.0))
+    speedups = [max(predicted_speedups(row).values(), default=0.0) for row in trained]
+    best = trained[speedups.index(max(speedups))]
     draft = cell.folder / best["folder"]
     gamma = recommend(predicted_speedups(best) or {cell.settings.gamma: 0.0})
     target = cell.folder / best["target"] if cell.recipe.epochs[0] else cell.model_names[0]
     arguments = ["--target", str(target), "--draft", str(draft), "--gamma", str(gamma)]
     arguments += ["--temperature", f"{best['temperature']:g}"]
     arguments += prompt_arguments(cell)
-    return f"python speculative.py {shlex.join(arguments)}"
+    return max(speedups), f"python speculative.py {shlex.join(arguments)}"
 
 
 def prompt_arguments(cell) -> list[str]:

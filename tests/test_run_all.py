@@ -8,6 +8,7 @@ import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -541,7 +542,9 @@ def test_the_sample_is_a_prompt_as_it_is(tmp_path, tokenizer, make_model):
                             data_dir=str(tmp_path / "rows"), dtype="float32")  # fmt: skip
         cell = prepare_cell("custom", "custom", 0, settings, CPU)
         row = {"draft": "best", "folder": "best", "target": "target", "temperature": 0.0}
-        command = shlex.split(run_all.sample_command(cell, [row]))
+        speedup, command = run_all.sample_command(cell, [row])
+        assert speedup == 0.0, "no costs are known"
+        command = shlex.split(command)
         return command[3], command[command.index("0") + 1 :], cell
 
     name, arguments, cell = sample_of((0, 1, 1), [{"messages": history}])
@@ -550,6 +553,19 @@ def test_the_sample_is_a_prompt_as_it_is(tmp_path, tokenizer, make_model):
     name, arguments, cell = sample_of((1, 1, 1), [{"prompt": ""}, {"messages": [user]}])
     assert name == str(cell.folder / "target")
     assert arguments == ["--chat", "--prompt", "What is 1 + 1?"]
+
+
+def test_the_draft_to_try_is_of_the_best_seed(monkeypatch, capsys):
+    """It was the last seed's."""
+    cells = [SimpleNamespace(name="custom-t-d", task="custom", seed=seed) for seed in (0, 1, 2)]
+    speedups = (1.1, 1.5, 1.2)
+    monkeypatch.setattr(run_all, "checked_cells", lambda *arguments: cells)
+    monkeypatch.setattr(run_all, "run_cell", lambda cell, methods: [])
+    monkeypatch.setattr(
+        run_all, "sample_command", lambda cell, rows: (speedups[cell.seed], f"seed {cell.seed}")
+    )
+    run_all.main([])
+    assert capsys.readouterr().out.endswith("To try it:\n\nseed 1\n")
 
 
 @pytest.mark.parametrize(("flags", "message"), [
