@@ -103,7 +103,7 @@ COMPARISONS: dict[str, list[Method]] = {
     "rows": [Method("distillspec"), Method("adaspec"), LONG],
     "rates": [
         Method(name, lr=lr, decay=decay)
-        for lr in (3e-4, 2e-3, 8e-3)
+        for lr in (1e-5, 3e-4, 2e-3, 8e-3)
         for decay in DECAYS
         for name in BOTH
     ],
