@@ -31,7 +31,7 @@ from models import (
     model_identity,
     resolve_model,
     scratch_model,
-    shared_tokenizer,
+    training_tokenizer,
 )
 from ranks import check_stop, from_rank_0, rank, say, world_size
 from settings import PAIRS, Method, Pair, Recipe, Settings, recipe
@@ -152,7 +152,7 @@ def prepare_cell(
             models = [scratch_model(sizes, tokenizer, seed) for sizes in pair.models]
     else:
         names, models = pretrained_models(pair, settings)
-        tokenizer = shared_tokenizer(names[0], names[len(pair.models) - 1])
+        tokenizer = training_tokenizer(names[0], names[len(pair.models) - 1])
     form = task
     if settings.chat:
         form = "custom"

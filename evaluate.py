@@ -115,9 +115,9 @@ def decode_group(
     ends, vocab_size = sampling["eos_token_id"], sampling["vocab_size"]
     input_ids, mask = left_pad(prompts, target.device)
     generator.manual_seed(seed)
-    text = autoregressive_generate(target, input_ids, mask, **sampling).cpu()
+    sequences = autoregressive_generate(target, input_ids, mask, **sampling).cpu()
     written = []
-    for prompt, tokens in zip(prompts, text[:, input_ids.shape[1] :], strict=True):
+    for prompt, tokens in zip(prompts, sequences[:, input_ids.shape[1] :], strict=True):
         whole_text = torch.cat([prompt, until_end(tokens, ends)])
         written.append(Example(whole_text.int().numpy(), len(prompt)))
     lengths = [len(example.input_ids) - example.prompt_length for example in written]

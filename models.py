@@ -248,9 +248,9 @@ def common_tokenizer(target: str, draft: str):
     return tokenizer
 
 
-def shared_tokenizer(target: str, draft: str):
-    """The pair's tokenizer. Raises ValueError where the two disagree, naming the first token that
-    differs, and where it has no end token."""
+def training_tokenizer(target: str, draft: str):
+    """The pair's tokenizer, fit to train with. Raises ValueError where the two disagree, naming the
+    first token that differs, and where it has no end token."""
     tokenizer = common_tokenizer(target, draft)
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         missing = "an end token (eos_token) and a tokenizer.json"

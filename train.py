@@ -36,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient became infinite or NaN."""
+    """A loss, gradient or weight became infinite or NaN."""
 
 
 # The steps: what each stage minimises
@@ -65,7 +65,7 @@ def adaspec_step(student, batch: Batch, target, reference, method):
     gap = draft_losses - reference.losses(batch)
 
     def measure(divergence):
-        signal, _ = token_loss("fkl", target, batch)
+        signal, _ = token_loss("fkl", target, batch)  # the target's logits
         return student.head.token_losses(hidden, signal, divergence)
 
     candidates = Candidates(gap, draft_losses, measure)
@@ -91,7 +91,7 @@ def target_entropy(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
 
 
 def disagreement(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
-    """1 where p and q have another argmax, else 0; ties among equals are broken at random."""
+    """1 to 2 where p and q have another argmax, else 0 to 1: at random, so that none are equal."""
     differs = target_logits.argmax(-1) != draft_logits.argmax(-1)
     return differs + torch.rand(len(differs), device=differs.device)
 

@@ -34,7 +34,7 @@ from models import (
     model_identity,
     resolve_model,
     scratch_model,
-    shared_tokenizer,
+    training_tokenizer,
 )
 
 
@@ -390,7 +390,7 @@ def test_tokenizers_with_holes_are_refused(tokenizer, tmp_path):
         with pytest.raises(ValueError, match=rf"the {role}'s .*{words}".replace("|", r"\|")):
             check_tokenizers(*pair)
     with pytest.raises(ValueError, match="tokens, but"):
-        shared_tokenizer(tmp_path, tmp_path)
+        training_tokenizer(tmp_path, tmp_path)
 
 
 def test_tokenizers_that_differ_are_refused(tokenizer, tmp_path):
@@ -406,11 +406,11 @@ def test_tokenizers_that_differ_are_refused(tokenizer, tmp_path):
 
 def test_a_pair_needs_an_end_token(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "good")
-    assert shared_tokenizer(tmp_path / "good", tmp_path / "good").eos_token == tokenizer.eos_token
+    assert training_tokenizer(tmp_path / "good", tmp_path / "good").eos_token == tokenizer.eos_token
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     endless.save_pretrained(tmp_path / "endless")
     with pytest.raises(ValueError, match="needs an end token"):
-        shared_tokenizer(tmp_path / "endless", tmp_path / "endless")
+        training_tokenizer(tmp_path / "endless", tmp_path / "endless")
 
 
 def tokenizer_missing(folder):
