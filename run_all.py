@@ -232,15 +232,15 @@ def sample_command(cell, rows: list[dict]) -> tuple[float, str]:
     """The largest speed-up of a draft that the cost model predicts, and the command that decodes a
     held-out prompt with this draft."""
     trained = [row for row in rows if row["draft"] != "base"]
-    speedups = [max(predicted_speedups(row).values(), default=0.0) for row in trained]
-    best = trained[speedups.index(max(speedups))]
+    best = max(trained, key=lambda row: max(predicted_speedups(row).values(), default=0.0))
+    predictions = predicted_speedups(best) or {cell.settings.gamma: 0.0}
+    gamma = recommend(predictions)
     draft = cell.folder / best["folder"]
-    gamma = recommend(predicted_speedups(best) or {cell.settings.gamma: 0.0})
     target = cell.folder / best["target"] if cell.recipe.epochs[0] else cell.model_names[0]
     arguments = ["--target", str(target), "--draft", str(draft), "--gamma", str(gamma)]
     arguments += ["--temperature", f"{best['temperature']:g}"]
     arguments += prompt_arguments(cell)
-    return max(speedups), f"python speculative.py {shlex.join(arguments)}"
+    return predictions[gamma], f"python speculative.py {shlex.join(arguments)}"
 
 
 def prompt_arguments(cell) -> list[str]:

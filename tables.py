@@ -104,8 +104,7 @@ def markdown_text(rows: list[dict], machine: str) -> str:
 
 def comparable(rows: list[dict]) -> list[list[dict]]:
     """The rows, apart by pair and by how they were decoded."""
-    decoding = ("gamma", "max_new_tokens", "prompts", "timed_prompts")
-    return list(grouped(rows, "pair", *decoding).values())
+    return list(grouped(rows, "pair", "gamma", "max_new_tokens").values())
 
 
 def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
@@ -314,11 +313,13 @@ def verdict(rows: list[dict], machine: str) -> str:
         if run_gamma in predictions:
             check += f" (predicted {predictions[run_gamma]:.2f}x)"
         checks.append(check)
-    answer, gaining = "does not pay", []
-    for verb, speedups in (("may pay", predicted), ("pays", measured)):
-        if max(speedups.values()) > 1:
-            answer, gaining = verb, [name for name, value in speedups.items() if value > 1]
-    answer += f" on {machine}"
+    answer = f"pays on {machine}"
+    gaining = [name for name, speedup in measured.items() if speedup > 1]
+    if not gaining:
+        answer = f"may pay on {machine}"
+        gaining = [name for name, speedup in predicted.items() if speedup > 1]
+    if not gaining:
+        answer = f"does not pay on {machine}"
     if 0 < len(gaining) < len(measured):
         answer += f" at {', '.join(gaining)} alone"
     text = f"{answer}: {', '.join(parts)}"

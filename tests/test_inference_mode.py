@@ -45,7 +45,8 @@ def test_products_of_few_rows_are_the_layers_own(bias):
     assert speculative.has_thin_products(linear)
     assert not speculative.has_thin_products(torch.nn.Linear(300, 400))
     assert not speculative.has_thin_products(copy.deepcopy(linear).bfloat16())
-    for shape in ((1, 1, 300), (1, 2, 300), (1, 3, 300), (7, 1, 300), (2, 4, 300), (3, 3, 300)):
+    shapes = ((1, 1, 300), (1, 2, 300), (1, 3, 300), (7, 300), (2, 4, 300), (8, 300), (3, 3, 300))
+    for shape in shapes:
         hidden = torch.randn(shape)
         output = speculative.thin_linear(linear, hidden)
         assert output.is_contiguous() and output.shape == (*shape[:-1], 512)
