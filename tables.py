@@ -301,35 +301,39 @@ def verdicts(rows: list[dict], machine: str) -> list[str]:
 def verdict(rows: list[dict], machine: str) -> str:
     """What `verdicts` says of a draft's rows, of any temperatures and seeds."""
     run_gamma = rows[0]["gamma"]
-    measured, predicted, parts, checks = {}, {}, [], []
+    measured, predicted, parts, best = {}, {}, [], []
     for (temperature,), own in grouped(rows, "temperature").items():
         name = f"T = {temperature:g}"
         measured[name] = statistics.mean(row["speedup"] for row in own)
-        predictions = mean_predictions(own) or {run_gamma: measured[name]}
-        gamma = recommend(predictions)
-        predicted[name] = predictions[gamma]
-        parts.append(f"{predicted[name]:.2f}x at {name} (gamma {gamma})")
-        check = f"{measured[name]:.2f}x"
+        part = f"{measured[name]:.2f}x at {name}"
+        predictions = mean_predictions(own)
         if run_gamma in predictions:
-            check += f" (predicted {predictions[run_gamma]:.2f}x)"
-        checks.append(check)
-    answer = f"pays on {machine}"
-    gaining = [name for name, speedup in measured.items() if speedup > 1]
-    if not gaining:
-        answer = f"may pay on {machine}"
-        gaining = [name for name, speedup in predicted.items() if speedup > 1]
-    if not gaining:
-        answer = f"does not pay on {machine}"
-    if 0 < len(gaining) < len(measured):
-        answer += f" at {', '.join(gaining)} alone"
-    text = f"{answer}: {', '.join(parts)}"
+            part += f" (predicted {predictions[run_gamma]:.2f}x)"
+        parts.append(part)
+        if predictions:
+            gamma = recommend(predictions)
+            predicted[name] = predictions[gamma]
+            best.append(f"{predicted[name]:.2f}x at {name} (gamma {gamma})")
+    answer = does_it_pay(measured, predicted, machine)
+    text = f"{answer}: {', '.join(parts)}, measured at gamma {run_gamma}"
     acceptance = break_even(rows)
     if not acceptance:
-        return f"{text}, as measured; the costs of other gammas are not known."
+        return f"{text}; the costs of other gammas are not known."
     where = "at no acceptance"
     if acceptance != "never":
         where = f"from an acceptance of {acceptance} on"
-    return f"{text}; such a draft pays {where}. Measured at gamma {run_gamma}: {', '.join(checks)}."
+    return f"{text}. Best predicted: {', '.join(best)}; such a draft pays {where}."
+
+
+def does_it_pay(measured: dict[str, float], predicted: dict[str, float], machine: str) -> str:
+    """Whether a draft pays, by its speed-ups, {temperature: ratio}."""
+    for answer, speedups in (("pays", measured), ("may pay", predicted)):
+        gaining = [name for name, speedup in speedups.items() if speedup > 1]
+        if len(gaining) == len(measured):
+            return f"{answer} on {machine}"
+        if gaining:
+            return f"{answer} on {machine} at {', '.join(gaining)} alone"
+    return f"does not pay on {machine}"
 
 
 def mean_predictions(rows: list[dict]) -> dict[int, float]:

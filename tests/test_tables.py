@@ -66,7 +66,7 @@ def test_the_page_of_a_run():
         "Protocol of gsm8k: first 6 test prompts (speed-up: 1, one by one), gamma 5, "
         "max_new_tokens 12, float32, 1 x cpu, torch 2.0, seed 0.\n" in text
     )
-    assert "\n- AdaSPEC pays on an abacus: 1.50x at T = 1 (gamma 2); such a draft pays f" in text
+    assert "\n- AdaSPEC pays on an abacus: 1.24x at T = 1, measured at gamma 5. Best p" in text
 
 
 def test_positions_of_all_seeds_are_counted_together():
@@ -146,36 +146,41 @@ def test_lines_fit_a_terminal_of_100_columns():
 
 def test_verdicts():
     (line,) = tables.verdicts([ROW], "this machine")
-    assert line.startswith("AdaSPEC pays on this machine: 1.50x at T = 1 (gamma 2); such a draft p")
-    assert line.endswith(" on. Measured at gamma 5: 1.24x.")
+    assert line.startswith(
+        "AdaSPEC pays on this machine: 1.24x at T = 1, measured at gamma 5. Best predicted: 1.50x "
+        "at T = 1 (gamma 2); such a draft pays from an acceptance of 0."
+    )
     slow = ROW | {"temperature": 0.0, "tau_by_gamma": {"1": 1.1, "2": 1.1, "3": 1.0}, "gamma": 2}
     slow["speedup"] = 0.7
     (line,) = tables.verdicts([slow, ROW | {"gamma": 2}], "M")
-    assert line.startswith("AdaSPEC pays on M at T = 1 alone: 0.88x at T = 0 (gamma 1), 1.50x at ")
-    assert line.endswith("gamma 2: 0.70x (predicted 0.69x), 1.24x (predicted 1.50x).")
-    (line,) = tables.verdicts([slow | {"cost_ratio": 3.0}], "M")
     assert line.startswith(
-        "AdaSPEC does not pay on M: 0.28x at T = 0 (gamma 1); such a draft pays at no acceptance."
+        "AdaSPEC pays on M at T = 1 alone: 0.70x at T = 0 (predicted 0.69x), 1.24x at T = 1 "
+        "(predicted 1.50x), measured at gamma 2. Best predicted: 0.88x at T = 0 (gamma 1), 1.50x at"
     )
+    (line,) = tables.verdicts([slow | {"cost_ratio": 3.0}], "M")
+    assert line.startswith("AdaSPEC does not pay on M: 0.70x at T = 0 (predicted 0.15x), measured")
+    assert line.endswith("0.28x at T = 0 (gamma 1); such a draft pays at no acceptance.")
 
 
 def test_what_is_measured_counts_for_more_than_what_is_predicted():
     """A prediction leaves the loop out: what gained by it alone was said to pay."""
     (line,) = tables.verdicts([ROW | {"speedup": 0.9}], "M")
-    assert line.startswith("AdaSPEC may pay on M: 1.50x at T = 1 (gamma 2);")
-    assert line.endswith("Measured at gamma 5: 0.90x.")
+    assert line.startswith(
+        "AdaSPEC may pay on M: 0.90x at T = 1, measured at gamma 5. Best predicted: 1.50x at T = 1 "
+        "(gamma 2);"
+    )
     slow = {"temperature": 0.0, "tau_by_gamma": {"1": 1.1, "2": 1.1, "3": 1.0}, "speedup": 1.1}
     (line,) = tables.verdicts([ROW | slow, ROW | {"speedup": 0.9}], "M")
-    assert line.startswith("AdaSPEC pays on M at T = 0 alone: 0.88x at T = 0 (gamma 1), 1.50x at")
+    assert line.startswith("AdaSPEC pays on M at T = 0 alone: 1.10x at T = 0, 0.90x at T = 1, meas")
 
 
 def test_a_verdict_is_of_the_mean_over_seeds_and_of_each_task():
     other = ROW | {"seed": 1, "tau_by_gamma": {"1": 1.8, "2": 2.0, "3": 2.7}, "speedup": 1.0}
     lines = tables.verdicts([ROW, other, ROW | {"task": "mbpp"}], "M")
     # means 1.44, (1.5 + 1.25) / 2, 1.35
-    assert lines[0].startswith("gsm8k: AdaSPEC pays on M: 1.44x at T = 1 (gamma 1)")
-    assert "Measured at gamma 5: 1.12x." in lines[0]
-    assert lines[1].startswith("mbpp: AdaSPEC pays on M: 1.50x")
+    assert lines[0].startswith("gsm8k: AdaSPEC pays on M: 1.12x at T = 1, measured at gamma 5.")
+    assert "Best predicted: 1.44x at T = 1 (gamma 1)" in lines[0]
+    assert lines[1].startswith("mbpp: AdaSPEC pays on M: 1.24x")
 
 
 def test_a_head_without_costs_has_the_measured_verdict():
@@ -183,7 +188,7 @@ def test_a_head_without_costs_has_the_measured_verdict():
     del head["tau_by_gamma"]
     (line,) = tables.verdicts([head], "M")
     assert line == (
-        "EAGLE does not pay on M: 0.90x at T = 1 (gamma 5), as measured; the costs of other gammas "
+        "EAGLE does not pay on M: 0.90x at T = 1, measured at gamma 5; the costs of other gammas "
         "are not known."
     )
     assert not any(table.title.startswith("Speed-up") for table in tables.tables_of([head]))
