@@ -315,18 +315,14 @@ def test_what_models_write_reaches_the_terminal_escaped(world, call, capsys):
     assert all(c.isprintable() or c in "\n\t" for c in out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(
-            "speculative.py --target /no/such --draft /no/such --prompt a", marks=pytest.mark.slow
-        ),
+        "speculative.py --target /no/such --draft /no/such --prompt a",
         "run_all.py --tasks gsm8k --pairs tiny --data-dir {w}/rows/empty --out {w}/out",
-        pytest.param(
-            "-m torch.distributed.run --standalone --nproc_per_node 2 run_all.py --preset tiny "
-            "--limit 8 --batch 1 --out {w}/out2",
-            marks=pytest.mark.slow,
-        ),
+        "-m torch.distributed.run --standalone --nproc_per_node 2 run_all.py --preset tiny "
+        "--limit 8 --batch 1 --out {w}/out2",
     ],
     ids=["speculative", "run_all", "two ranks"],
 )

@@ -82,6 +82,7 @@ def test_nothing_private_of_another_file_is_used(name):
     assert private == []
 
 
+@pytest.mark.slow
 def test_the_ground_floor_stands_alone(tmp_path):
     """rm -r extras docs results: the tiny preset runs, and the core's tests can be imported."""
     house = tmp_path / "house"

@@ -159,6 +159,7 @@ def test_flags_that_cannot_be_right(flags, words, capsys):
 # Runs
 
 
+@pytest.mark.slow
 def test_matchings_share_what_they_say(toy_pair, tmp_path, capsys):
     """Against DistillSpec: steps and passes; passes and tokens a step; loss-bearing tokens."""
     flags = [*SHORT, "--tasks", "arithmetic", "--limit", "60", "--epochs", "1,2,2"]
@@ -188,6 +189,7 @@ def test_matchings_share_what_they_say(toy_pair, tmp_path, capsys):
     assert lines == 1 + 2 * (2 + 1 + 1), "what it took; by temperature, two lines of positions"
 
 
+@pytest.mark.slow
 def test_reference_and_timed_gammas_add_columns_that_stay(toy_pair, tmp_path, monkeypatch, capsys):
     """Gap correlations and speed-ups by gamma are in results.json, and are not measured again."""
     monkeypatch.setitem(COMPARISONS, "reference", COMPARISONS["reference"][:2])
@@ -260,6 +262,7 @@ def mixed_run(tmp_path_factory):
     return folder, flags
 
 
+@pytest.mark.slow
 def test_mixed_tasks_together_and_in_turn(mixed_run, toy_pair, capsys):
     """Each of the tasks is evaluated; in turn means that the second task's draft starts from the
     first's."""
@@ -296,6 +299,7 @@ def test_mixed_tasks_together_and_in_turn(mixed_run, toy_pair, capsys):
     assert "last loss" not in capsys.readouterr().out and rows_of(folder / "runs") == rows
 
 
+@pytest.mark.slow
 def test_rows_of_a_mixed_task_are_of_the_draft_and_the_task(mixed_run):
     """alpha at temperature 0, counted again."""
     folder, _ = mixed_run

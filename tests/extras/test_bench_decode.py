@@ -66,6 +66,7 @@ def pair(tmp_path, make_model, tokenizer):
     return ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft")]
 
 
+@pytest.mark.slow
 def test_from_end_to_end(pair, tmp_path, capsys):
     size = ["--gamma", "3", "--max-new-tokens", "16", "--rounds", "2", "--batch", "3"]
     main([*pair, *size, "--json", str(tmp_path / "new" / "out.json")])

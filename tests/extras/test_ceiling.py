@@ -198,6 +198,7 @@ FLAGS = (
 ).split()
 
 
+@pytest.mark.slow
 def test_a_run_and_the_same_run_once_more(tmp_path, toy_pair, monkeypatch, capsys):
     flags = [*FLAGS, "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "r.json")]
     ceiling.main(flags)

@@ -652,6 +652,7 @@ SHORT = (
 ).split()
 
 
+@pytest.mark.slow
 def test_command_ends_in_the_table_and_uses_heads_again(
     target_folder, tmp_path, monkeypatch, capsys
 ):

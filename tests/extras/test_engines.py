@@ -249,6 +249,7 @@ def text_of(folder):
     return tokenizer.decode(text[0, ids.shape[1] :])
 
 
+@pytest.mark.slow
 def test_commands_cut_unequal_heads_and_serve_the_pair(pair, tmp_path, tokenizer, capsys):
     commands, _ = print_commands(pair / "target", pair / "near", tmp_path / "serve", capsys)
     assert list(commands) == ["transformers", "vllm", "openvino"]
