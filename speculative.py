@@ -39,6 +39,9 @@ LENIENCE = {
 }
 MIN_TEMPERATURE = 1e-30  # below it, logits / temperature overflow float32
 THIN_ROWS = 8  # tokens whose products with large matrices are formed by `thin_linear`
+# Where it gains: measured on an AMD CPU with AVX2; on an Intel one with AVX-512 it takes twice as
+# long as the layer itself (docs/decoding.md)
+THIN_PRODUCTS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 LOGITS_PER_PASS = 2**26  # of one model, in expected_acceptance: 256 MB in float32, or one row's
 
 # What decoding counts and returns
@@ -344,18 +347,19 @@ def inference(*models):
 
 
 def has_thin_products(module) -> bool:
-    """Whether `thin_linear` is the faster forward: for large matrices in float32 on a CPU. Not
-    where a hook, or a surrounding `inference`, has given the layer a forward of its own."""
-    if type(module) is not torch.nn.Linear or "forward" in vars(module):
+    """Whether `thin_linear` is the faster forward: for large matrices in float32 on a CPU of the
+    kind that gains. Not where a hook, or a surrounding `inference`, has given the layer a forward
+    of its own."""
+    if not THIN_PRODUCTS or type(module) is not torch.nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
     return (weight.device.type, weight.dtype) == ("cpu", torch.float32) and weight.numel() > 2**17
 
 
 def thin_linear(linear: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """linear(hidden), where hidden [..., d] has few rows as W @ x.T: so MKL reads the weights once,
-    where x @ W.T for 2 to 8 rows takes about twice as long as for one. It takes four rows faster
-    than three, and eight faster than seven: there a row of zeros is added."""
+    """linear(hidden), where hidden [..., d] has few rows as W @ x.T: so MKL with AVX2 reads the
+    weights once, where x @ W.T for 2 to 8 rows takes about twice as long as for one. It takes four
+    rows faster than three, and eight faster than seven: there a row of zeros is added."""
     rows = hidden.numel() // hidden.shape[-1]
     if not 1 < rows <= THIN_ROWS:
         return F.linear(hidden, linear.weight, linear.bias)

@@ -40,7 +40,8 @@ def test_what_comes_out_may_be_used_under_autograd(architecture, make_model):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_of_few_rows_are_the_layers_own(bias):
+def test_products_of_few_rows_are_the_layers_own(bias, monkeypatch):
+    monkeypatch.setattr(speculative, "THIN_PRODUCTS", True)
     linear = torch.nn.Linear(300, 512, bias=bias)
     assert speculative.has_thin_products(linear)
     assert not speculative.has_thin_products(torch.nn.Linear(300, 400))
@@ -53,7 +54,16 @@ def test_products_of_few_rows_are_the_layers_own(bias):
         torch.testing.assert_close(output, linear(hidden), rtol=1e-5, atol=1e-5)
 
 
+def test_thin_products_are_formed_where_they_gain(monkeypatch):
+    linear = torch.nn.Linear(300, 512)
+    for gains in (True, False):
+        monkeypatch.setattr(speculative, "THIN_PRODUCTS", gains)
+        with speculative.inference(linear):
+            assert ("forward" in vars(linear)) == gains
+
+
 def test_decoding_with_thin_products_leaves_the_model_as_it_was(monkeypatch):
+    monkeypatch.setattr(speculative, "THIN_PRODUCTS", True)
     target = build("llama", vocab=400, hidden=352)
     draft = noised(target, 0.05)
     ids = torch.arange(6)[None]

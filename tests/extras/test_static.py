@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 
+import speculative
 from extras.static import StaticModel
 from short_head import shorten_head
 from speculative import autoregressive_generate, has_thin_products, speculative_generate
@@ -157,8 +158,9 @@ def test_what_does_not_fit_is_refused(pairs, prompts):
     # 6 drafts make 8 tokens as 5 do; the last rounds have 1, 2 or 4
     [("llama", "eager", (1, 1)), ("neox", "inductor", (5, 5, 6))],
 )
-def test_compiled_once_for_each_shape(prompts, name, backend, gammas):
+def test_compiled_once_for_each_shape(prompts, name, backend, gammas, monkeypatch):
     """And whole, without graph breaks, `thin_linear` included."""
+    monkeypatch.setattr(speculative, "THIN_PRODUCTS", True)
     target = build(name, seed=5, vocab=600, hidden=256)
     draft = noised(target)
     assert any(map(has_thin_products, target.modules()))
