@@ -58,7 +58,8 @@ def run_cell(cell, methods: Sequence[Method], evaluation: Callable | None = None
     target, base_draft = base_models(cell)
     if cell.recipe.epochs[0]:
         target = fit(cell, target_plan(cell, target), fine_tuning_step)  # stage 0
-    write_missing_responses(cell, target, base_draft)
+    if methods:
+        write_missing_responses(cell, target, base_draft)
     if cell.settings.draft_vocab:
         base_draft = with_short_head(cell, base_draft, target, methods)
     drafts = {"base": base_draft}
@@ -232,10 +233,10 @@ def sample_command(cell, rows: list[dict]) -> tuple[float, str]:
     """The largest speed-up of a draft that the cost model predicts, and the command that decodes a
     held-out prompt with this draft."""
     trained = [row for row in rows if row["draft"] != "base"]
-    best = max(trained, key=lambda row: max(predicted_speedups(row).values(), default=0.0))
+    best = max(trained or rows, key=lambda row: max(predicted_speedups(row).values(), default=0.0))
     predictions = predicted_speedups(best) or {cell.settings.gamma: 0.0}
     gamma = recommend(predictions)
-    draft = cell.folder / best["folder"]
+    draft = cell.folder / best["folder"] if trained else cell.model_names[1]
     target = cell.folder / best["target"] if cell.recipe.epochs[0] else cell.model_names[0]
     arguments = ["--target", str(target), "--draft", str(draft), "--gamma", str(gamma)]
     arguments += ["--temperature", f"{best['temperature']:g}"]

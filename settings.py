@@ -204,8 +204,8 @@ class Settings:
     )
     methods: tuple = flag(
         ("distillspec", "adaspec"),
-        some_of(METHODS),
-        f"comma-separated, of {', '.join(METHODS)}",
+        some_of([*METHODS, "none"]),
+        f"comma-separated, of {', '.join(METHODS)}; or none: measure the draft as it is",
         "grid",
     )
     regime: str = flag(
@@ -318,7 +318,7 @@ def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Setti
     if error:
         parser.error(error)
     methods = []
-    for name in settings.methods:
+    for name in settings.methods if settings.methods != ("none",) else ():
         flags = {"data": arguments["data"]}
         if arguments["divergence"]:
             flags["divergence"] = arguments["divergence"]
@@ -351,4 +351,10 @@ def contradiction(settings: Settings) -> str | None:
         return "--target is the pair custom: add it to --pairs, or leave --pairs out"
     if settings.target and len(drafts) != 1:
         return "--target needs a draft: either --draft or --draft-layers"
+    made = settings.draft_layers or settings.draft_vocab
+    if "none" in settings.methods and (len(settings.methods) > 1 or made):
+        return (
+            "--methods none measures a draft as it is: without other methods, --draft-layers "
+            "and --draft-vocab"
+        )
     return None

@@ -482,6 +482,27 @@ def test_a_target_alone_and_a_number_of_layers_are_a_pair(tmp_path, tokenizer, m
     assert printed.count(": done before") == 2 and "last loss" not in printed
 
 
+def test_a_draft_is_measured_as_it_is(tmp_path, tokenizer, make_model, capsys):
+    """--methods none: nothing is written or trained, and the verdict and the command to try it are
+    those of the draft that was given."""
+    sizes = (("llama", "llama"), ("T", "D"))
+    target, draft = save_models(tmp_path, make_model, tokenizer, *sizes, paddings=(16, 32))
+    (tmp_path / "rows" / "custom").mkdir(parents=True)
+    lines = [json.dumps({"prompt": f"What is {n} + 1?"}) for n in range(30)]
+    (tmp_path / "rows" / "custom" / "train.jsonl").write_text("\n".join(lines))
+    flags = ["--target", str(target), "--draft", str(draft), "--data-dir", str(tmp_path / "rows")]
+    flags += ["--tasks", "custom", "--methods", "none", "--out", str(tmp_path / "out")]
+    flags += "--eval-prompts 2 --timed-prompts 1 --max-new-tokens 6 --dtype bfloat16".split()
+    run_all.main(flags)
+    printed = capsys.readouterr().out
+    assert not settings_of(tmp_path / "out") and "writes" not in printed
+    rows = results_of(tmp_path / "out")["rows"]
+    assert labels_of(rows) == [(0, "base"), (1, "base")]
+    assert {(row["folder"], row["dtype"]) for row in rows} == {("D", "bfloat16")}
+    assert re.search(r"^base (may pay|pays|does not pay) on this machine", printed, re.MULTILINE)
+    assert f"--draft {draft} " in printed.rstrip().split("\n")[-1]
+
+
 def test_chats_without_responses_end_in_a_draft_that_can_be_tried(
     tmp_path, tokenizer, make_model, capsys
 ):

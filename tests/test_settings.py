@@ -247,6 +247,8 @@ def test_a_target_given_is_the_pair_custom():
         ("--draft-layers 2", "the pair custom needs --target"),
         ("--target a", "--target needs a draft: either --draft or --draft-layers"),
         ("--target a --draft b --draft-layers 2", "--target needs a draft: either"),
+        ("--target a --draft b --methods none,best", "--methods none measures a draft as it is"),
+        ("--target a --draft-layers 2 --methods none", "--methods none measures a draft as it is"),
         ("--target a --draft-layers 0", "argument --draft-layers: must be a whole number of at"),
         ("--pairs pythia --target a --draft b", "add it to --pairs, or leave --pairs out"),
         ("--out=", "--out is empty"),
