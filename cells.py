@@ -269,7 +269,7 @@ def has_text(task: str, row) -> bool:
 
 def check_cell(cell: Cell, methods: list[Method]) -> None:
     """What training and evaluation will ask of the cell. Raises ValueError for what would fail
-    days later: contexts, heads, batches that do not feed the ranks."""
+    days later."""
     settings = cell.settings
     longest = max(example.prompt_length for example in cell.test) + settings.max_new_tokens
     for name, model in zip(cell.model_names, cell.models, strict=True):
@@ -294,6 +294,13 @@ def check_cell(cell: Cell, methods: list[Method]) -> None:
             "is: --epochs 0,3,3"
         )
     check_short_heads(cell, methods)
+    if methods or cell.recipe.epochs[0]:
+        check_training(cell, methods)
+
+
+def check_training(cell: Cell, methods: list[Method]) -> None:
+    """Raises ValueError where batches do not feed the ranks, or the cache does not fit the disk."""
+    settings = cell.settings
     sizes = [cell.recipe.batch_size, *(method.batch for method in methods if method.batch)]
     rows = min(*sizes, len(cell.examples))
     if rows < world_size():

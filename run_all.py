@@ -58,7 +58,7 @@ def run_cell(cell, methods: Sequence[Method], evaluation: Callable | None = None
     target, base_draft = base_models(cell)
     if cell.recipe.epochs[0]:
         target = fit(cell, target_plan(cell, target), fine_tuning_step)  # stage 0
-    if methods:
+    if methods:  # to train on
         write_missing_responses(cell, target, base_draft)
     if cell.settings.draft_vocab:
         base_draft = with_short_head(cell, base_draft, target, methods)
@@ -212,7 +212,7 @@ def checked_cells(
             yield cell
             if rank() == 0:
                 write_results(settings.out, started)
-                if seed == settings.seeds[-1]:
+                if methods and seed == settings.seeds[-1]:
                     storage.remove_folder(cell.cache_folder)
 
 
@@ -231,7 +231,7 @@ def print_tables(rows: list[dict], out: str) -> None:
 
 def sample_command(cell, rows: list[dict]) -> tuple[float, str]:
     """The largest speed-up of a draft that the cost model predicts, and the command that decodes a
-    held-out prompt with this draft."""
+    held-out prompt with this draft: a trained one, or where none was trained the one given."""
     trained = [row for row in rows if row["draft"] != "base"]
     best = max(trained or rows, key=lambda row: max(predicted_speedups(row).values(), default=0.0))
     predictions = predicted_speedups(best) or {cell.settings.gamma: 0.0}

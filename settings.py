@@ -317,8 +317,10 @@ def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Setti
     error = contradiction(settings)
     if error:
         parser.error(error)
+    if settings.methods == ("none",):
+        return settings, []
     methods = []
-    for name in settings.methods if settings.methods != ("none",) else ():
+    for name in settings.methods:
         flags = {"data": arguments["data"]}
         if arguments["divergence"]:
             flags["divergence"] = arguments["divergence"]
@@ -351,10 +353,10 @@ def contradiction(settings: Settings) -> str | None:
         return "--target is the pair custom: add it to --pairs, or leave --pairs out"
     if settings.target and len(drafts) != 1:
         return "--target needs a draft: either --draft or --draft-layers"
-    made = settings.draft_layers or settings.draft_vocab
-    if "none" in settings.methods and (len(settings.methods) > 1 or made):
+    makes_draft = settings.draft_layers or settings.draft_vocab
+    if "none" in settings.methods and (len(settings.methods) > 1 or makes_draft):
         return (
-            "--methods none measures a draft as it is: without other methods, --draft-layers "
+            "--methods none measures a draft as it is: leave out other methods, --draft-layers "
             "and --draft-vocab"
         )
     return None

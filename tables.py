@@ -104,7 +104,7 @@ def markdown_text(rows: list[dict], machine: str) -> str:
 
 def comparable(rows: list[dict]) -> list[list[dict]]:
     """The rows, apart by pair and by how they were decoded."""
-    return list(grouped(rows, "pair", "gamma", "max_new_tokens").values())
+    return list(grouped(rows, "pair", "gamma", "max_new_tokens", "dtype").values())
 
 
 def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
@@ -142,7 +142,7 @@ def table_order(row: dict) -> tuple:
 
 def heading(row: dict, shared: list[str]) -> str:
     names = [f"seed {row[key]}" if key == "seed" else row[key] for key in shared]
-    limits = "gamma {gamma}, at most {max_new_tokens} new tokens".format(**row)
+    limits = "gamma {gamma}, at most {max_new_tokens} new tokens, {dtype}".format(**row)
     return ", ".join([*names, limits])
 
 

@@ -134,7 +134,7 @@ def count_methods(commands: list[str]) -> int:
             if "--methods" in words:
                 names = words[words.index("--methods") + 1]
             methods += [METHODS.get(name, name) for name in names.lower().split(",")]
-    return len(set(methods))
+    return len(set(methods) - {"none"})
 
 
 def baselines(study: dict) -> list[str]:

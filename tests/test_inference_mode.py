@@ -54,7 +54,7 @@ def test_products_of_few_rows_are_the_layers_own(bias, monkeypatch):
         torch.testing.assert_close(output, linear(hidden), rtol=1e-5, atol=1e-5)
 
 
-def test_thin_products_are_formed_where_they_gain(monkeypatch):
+def test_thin_products_are_formed_only_on_a_cpu_that_gains(monkeypatch):
     linear = torch.nn.Linear(300, 512)
     for gains in (True, False):
         monkeypatch.setattr(speculative, "THIN_PRODUCTS", gains)

@@ -123,10 +123,18 @@ def test_a_table_for_a_terminal():
 
 def test_what_all_rows_share_is_in_the_heading():
     text = tables.terminal_text([ROW, base_row(temperature=0.0)])
-    assert "\ngsm8k, tiny, seed 0, gamma 5, at most 12 new tokens\n" in text
+    assert "\ngsm8k, tiny, seed 0, gamma 5, at most 12 new tokens, float32\n" in text
     assert "\nT  draft    alpha (95% interval)   tau" in text
     text = tables.terminal_text([ROW, ROW | {"seed": 1}])
     assert "\ngsm8k, tiny, gamma 5, at most" in text and "\nseed  T  draft    alpha (95" in text
+
+
+def test_dtypes_have_tables_of_their_own():
+    """Else a verdict took the mean of their speed-ups, as if they were seeds."""
+    rows = [base_row(), base_row() | {"dtype": "bfloat16", "speedup": 9.0}]
+    text = tables.terminal_text(rows)
+    assert "12 new tokens, float32\n" in text and "12 new tokens, bfloat16\n" in text
+    assert text.count("\nbase ") == 2
 
 
 def test_lines_fit_a_terminal_of_100_columns():
