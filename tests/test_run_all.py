@@ -280,7 +280,8 @@ def test_a_folder_of_the_users_named_cache_stays(tmp_path):
 
     (tmp_path / "cache").mkdir()
     settings = toy_settings(tmp_path, {"epochs": (0, 1, 1)})
-    run_grid(settings, [], run=run, prepare=partial(prepare_cell, pairs=TOY))
+    prepare = partial(prepare_cell, pairs=TOY)
+    run_grid(settings, [METHODS["best"]], run=run, prepare=prepare)
     assert (tmp_path / "cache").is_dir() and not cells[0].cache_folder.exists()
 
 
