@@ -271,7 +271,9 @@ class Settings:
         "paper: gamma 4, greedy alone, 512 new tokens, unless their own flags say otherwise",
         "evaluation",
     )
-    temperatures: tuple[float, ...] = (0.0, 1.0)
+    temperatures: tuple[float, ...] = flag(
+        (0.0, 1.0), decimals(0, math.inf), "that drafts are measured at", "evaluation"
+    )
     gamma: int = flag(5, whole(), "tokens drafted a round", "evaluation")
     max_new_tokens: int = flag(
         128,
