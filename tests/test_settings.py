@@ -172,6 +172,8 @@ def test_a_protocol_gives_defaults_of_the_evaluation():
     settings, _ = parse("--protocol", "Paper", "--preset", "tiny")
     assert (settings.gamma, settings.temperatures, settings.max_new_tokens) == (4, (0.0,), 512)
     assert settings.limit == 2000, "the preset's"
+    settings, _ = parse("--protocol", "paper", "--temperatures", "0.7,1")
+    assert (settings.gamma, settings.temperatures) == (4, (0.7, 1.0))
     settings, _ = parse("--gamma", "7", "--protocol=paper", "--max-new-tokens", "64")
     assert (settings.gamma, settings.temperatures, settings.max_new_tokens) == (7, (0.0,), 64)
     assert parse()[0].temperatures == (0.0, 1.0)
