@@ -235,6 +235,7 @@ class Settings:
         "of responses that the target writes; rows take several in turn",
         "rows",
     )
+    heads: bool = False  # drafts are heads on the target (extras/eagle.py)
     write_with_draft: bool = flag(
         False,
         None,
@@ -353,7 +354,7 @@ def contradiction(settings: Settings) -> str | None:
         return "the pair custom needs --target, and --draft or --draft-layers"
     if settings.target and "custom" not in settings.pairs:
         return "--target is the pair custom: add it to --pairs, or leave --pairs out"
-    if settings.target and len(drafts) != 1:
+    if settings.target and not settings.heads and len(drafts) != 1:
         return "--target needs a draft: either --draft or --draft-layers"
     makes_draft = settings.draft_layers or settings.draft_vocab
     if "none" in settings.methods and (len(settings.methods) > 1 or makes_draft):

@@ -37,14 +37,19 @@ class ShortHead(nn.Module):
 def shorten_head(model: nn.Module, token_ids: Tensor) -> nn.Module:
     """Give a causal LM a short head of the rows `token_ids` of its own head, in place; returns it.
     Its config then says `draft_vocab_size`, and the head is tied to the embeddings no more."""
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    weight = head.weight.detach()[token_ids].clone()
-    bias = None if bias is None else bias.detach()[token_ids].clone()
-    model.set_output_embeddings(ShortHead(weight, bias, token_ids, len(head.weight)))
+    model.set_output_embeddings(shortened(model.get_output_embeddings(), token_ids))
     model.config.tie_word_embeddings = False
     model.config.draft_vocab_size = len(token_ids)
     return model
+
+
+def shortened(head: nn.Module, token_ids: Tensor) -> ShortHead:
+    """A short head with copies of the rows `token_ids` of an output head."""
+    bias = getattr(head, "bias", None)
+    token_ids = token_ids.to(head.weight.device)
+    weight = head.weight.detach()[token_ids].clone()
+    bias = None if bias is None else bias.detach()[token_ids].clone()
+    return ShortHead(weight, bias, token_ids, len(head.weight))
 
 
 def frequent_tokens(examples: Sequence[Example], count: int, ends: Sequence[int]) -> Tensor:

@@ -61,6 +61,8 @@ def fit(
     validation = Validation(cell.validation, cell.rows_at_once)
     if target:
         teacher = open_target(cell, plan, target, validation)
+        if teacher and teacher.cache and teacher.head.token_ids is not None:
+            keep_outside(cell, plan, target, teacher)
         step_inputs.append(teacher)
     if reference:
         reference_loss = open_reference(cell, plan, teacher, target, reference)
@@ -164,9 +166,7 @@ def open_target(
     if losses == {"ce"}:
         return None
     network = load_model(target.path, cell.dtype, cell.device)
-    token_ids = None
-    if isinstance(plan.init, Model):
-        token_ids = short_head_tensors(plan.init.path).get("token_ids")
+    token_ids = short_head_ids(plan)
     teacher = Frozen(network, len(cell.tokenizer), token_ids)
     if cell.settings.shard_target:
         shard_layers(teacher.model)
@@ -177,15 +177,21 @@ def open_target(
         cache = token_cache(cell, "target", target.fingerprint, plan.examples, width, cell.dtype)
         if cache:
             teacher.use(cache, f"{cell.task} target cache")
-        if cache and token_ids is not None:
-            keep_outside(cell, plan, target, teacher)
     return teacher
+
+
+def short_head_ids(plan: Plan) -> torch.Tensor | None:
+    """The tokens that the draft's short head is of."""
+    if isinstance(plan.init, Model):
+        return short_head_tensors(plan.init.path).get("token_ids")
+    token_ids = plan.init.get("token_ids")
+    return None if token_ids is None else torch.tensor(token_ids)
 
 
 def keep_outside(cell, plan: Plan, target: Model, teacher: Frozen) -> None:
     """Give the target of a draft with a short head a cache of its odds of the other tokens; says
     what probability is left for the draft's."""
-    models = target.fingerprint + plan.init.fingerprint
+    models = target.fingerprint + fingerprint({"token_ids": teacher.head.token_ids.tolist()})
     cache = token_cache(cell, "odds", models, plan.examples, 1, torch.float32)
     if not cache:
         return

@@ -49,23 +49,26 @@ from cells import (
     target_plan,
     write_missing_responses,
 )
-from cli import Parser, add_flags, decimal, flag, run_command, some_of, whole
+from cli import Parser, add_flags, decimal, flag, folder, run_command, some_of, whole
 from data import Batch, Example, all_tokens, make_batch
 from extras.ablations import StudySettings
 from extras.report import eagle_table
 from extras.tree import TreeLane
 from head import Head
-from models import load_model
+from history import Validation
+from models import load_model, model_identity
 from ranks import gather_objects, leave, rank, say, world_size
 from run_all import checked_cells, evaluate_drafts, print_tables
 from settings import PAIRS as MODEL_PAIRS
-from settings import PRESETS, Method, Pair, Settings, parse_settings
+from settings import PRESETS, Method, Settings, parse_settings
+from short_head import coverage, frequent_tokens, outside_log_odds, shortened
 from speculative import Lane, takes_positions
 from stages import (
     Plan,
     cache_seconds,
     fit,
     open_target,
+    short_head_ids,
     stage_settings,
     target_forwards,
     token_cache,
@@ -78,6 +81,7 @@ from train import fine_tuning_step, token_loss, train
 
 STATE_WEIGHT, TOKEN_WEIGHT = 1.0, 0.1  # of the two losses: the official code's
 NOISE = 0.1  # half the width of the uniform noise on the states in training: the official code's
+COVERAGE_ROWS = 64  # that a short head's coverage is measured on
 INPUT_NORMS = ("input_layernorm", "ln_1")  # architectures' names of the norm at a layer's input
 # what a head and its target must have in common
 SHARED = ("model_type", "hidden_size", "vocab_size", "num_attention_heads")
@@ -94,12 +98,13 @@ def previous_states(states: Tensor) -> Tensor:
 
 class Eagle(nn.Module):
     """The head. Its own are the fusing linear layer and the decoder layer; the target's embedding
-    and output head are used, frozen from here on, and neither trained nor saved with it.
+    and output head are used, frozen from here on, and neither trained nor saved with it. Of the
+    output head `token_ids` [V'] are the rows used, where they are given (short_head.py).
 
     Raises ValueError for a target that takes no position_ids.
     """
 
-    def __init__(self, target: nn.Module, noise: float = NOISE):
+    def __init__(self, target: nn.Module, noise: float = NOISE, token_ids: Tensor | None = None):
         super().__init__()
         if not takes_positions(target):
             name = type(target).__name__
@@ -113,7 +118,10 @@ class Eagle(nn.Module):
         if getattr(self.config, "layer_types", None):
             self.config.layer_types = self.config.layer_types[-1:]
         # in a tuple they are no submodules
-        self.frozen = (target.get_input_embeddings(), target.get_output_embeddings())
+        output_head = target.get_output_embeddings()
+        if token_ids is not None:
+            output_head = shortened(output_head, token_ids)
+        self.frozen = (target.get_input_embeddings(), output_head)
         for module in self.frozen:
             module.requires_grad_(False)
         width = self.config.hidden_size
@@ -124,6 +132,11 @@ class Eagle(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.frozen[1]
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """[V'], those that a short output head is of."""
+        return getattr(self.frozen[1], "token_ids", None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,6 +187,8 @@ class Eagle(nn.Module):
         """Write eagle.safetensors and eagle.json into a folder, and make it where there is none."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        if self.token_ids is not None:
+            weights["token_ids"] = self.token_ids
         save_file(weights, Path(folder, "eagle.safetensors"))
         record = {"noise": self.noise, **{name: getattr(self.config, name) for name in SHARED}}
         Path(folder, "eagle.json").write_text(json.dumps(record, indent=1))
@@ -201,7 +216,7 @@ class Eagle(nn.Module):
                 f"the EAGLE head in {folder} was made for a target with {kind}, "
                 f"this one has {own_kind}"
             )
-        head = cls(target, noise)
+        head = cls(target, noise, weights.pop("token_ids", None))
         try:
             head.load_state_dict(weights)
         except RuntimeError as error:
@@ -230,7 +245,7 @@ def remove_norms(trunk: nn.Module) -> None:
 
 class TargetStates:
     """A frozen target's states at all tokens of a batch's rows, prompts included, since the head
-    reads those too; `hidden` and `head` are those of `teacher.Frozen`.
+    reads those too; `hidden`, `head` and `outside` are those of `teacher.Frozen`.
 
     If `teacher` has a cache, it is of `all_tokens(examples)`.
     """
@@ -256,6 +271,29 @@ class TargetStates:
     def hidden(self, batch: Batch) -> Tensor:
         """[N, d], where response tokens are predicted."""
         return self.all_states(batch).flatten(0, 1).index_select(0, batch.index)
+
+    def outside(self, batch: Batch) -> Tensor:
+        """As `teacher.Frozen.outside`, of a head with a short output head."""
+        return outside_log_odds(self.teacher.whole_head, self.head.token_ids, self.hidden(batch))
+
+
+class HeadValidation(Validation):
+    """history.Validation of a head: it reads the target's states on the held-out rows too."""
+
+    def ask(self, target: Frozen) -> None:
+        states = TargetStates(target, self.examples)
+        super().ask(states)
+        self.states = {id(batch): states.all_states(batch) for batch in self.batches}
+
+    def all_states(self, batch: Batch) -> Tensor:
+        return self.states[id(batch)]
+
+    def alpha(self, model: Eagle, head: Head, dtype: torch.dtype) -> float | None:
+        training_teacher = model.teacher
+        model.teacher = self
+        alpha = super().alpha(model, head, dtype)
+        model.teacher = training_teacher
+        return alpha
 
 
 def eagle_step(student, batch: Batch, target: TargetStates):
@@ -315,6 +353,13 @@ def training_accuracy(
             tokens += len(matches)
     agree, tokens = map(sum, zip(*gather_objects((agree, tokens)), strict=True))
     return agree / max(tokens, 1)
+
+
+def mean_coverage(states: TargetStates, examples: Sequence[Example], device) -> float:
+    """The target's mean probability of a short head's tokens, in the first COVERAGE_ROWS rows."""
+    rows = range(min(COVERAGE_ROWS, len(examples)))
+    log_odds = [states.outside(make_batch(examples, [row], device)) for row in rows]
+    return coverage(torch.cat(log_odds))
 
 
 def same_argmax(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
@@ -442,22 +487,16 @@ def run_heads(cell: Cell, methods: Sequence[Method]) -> list[dict]:
     target, _ = base_models(cell)
     if cell.recipe.epochs[0]:
         target = fit(cell, target_plan(cell, target), fine_tuning_step)
-    write_missing_responses(cell, target, None)
-    heads, costs = {}, {}
+    given = cell.settings.head
+    heads = {"EAGLE": Model(given, model_identity(given, cell.settings.out))} if given else {}
+    costs = {}
+    if methods:  # to train on
+        write_missing_responses(cell, target, None)
     for method in methods:
-        plan = head_plan(cell, method, target)
-        if method.name == "adaspec":
-            reference = fit_head(
-                cell, head_plan(cell, reference_method(cell, method), target), target
-            )
-            head = fit_head(cell, plan, target, reference)
-            stages = [reference, head]
-        else:
-            head = fit_head(cell, plan, target)
-            stages = [head]
-        label = method.label.replace("AdaSPEC", "EAGLE + AdaSPEC").replace("DistillSpec", "EAGLE")
-        summary = storage.read_json(Path(head.path, "stage.json"))["summary"]
-        heads[label] = head
+        stages = train_head(cell, method, target)
+        label = head_label(method)
+        heads[label] = stages[-1]
+        summary = storage.read_json(Path(stages[-1].path, "stage.json"))["summary"]
         costs[label] = training_cost(cell, stages) | {"accuracy": summary["accuracy"]}
     if rank() == 0:
         storage.remove_folder(cell.folder / "cache")
@@ -469,10 +508,31 @@ def run_heads(cell: Cell, methods: Sequence[Method]) -> list[dict]:
     return evaluate_drafts(cell, target, heads, costs, load)
 
 
+def train_head(cell: Cell, method: Method, target: Model) -> list[Model]:
+    """The stages of a head; the last one is the head."""
+    plan = head_plan(cell, method, target)
+    if method.name != "adaspec":
+        return [fit_head(cell, plan, target)]
+    uniform = head_plan(cell, reference_method(cell, method), target)
+    reference = fit_head(cell, uniform, target)
+    return [reference, fit_head(cell, plan, target, reference)]
+
+
+def head_label(method: Method) -> str:
+    """What tables call the head."""
+    names = {"DistillSpec": "EAGLE", "AdaSPEC": "EAGLE + AdaSPEC", "best": "EAGLE, best"}
+    name, *changes = method.label.split(" ")
+    return " ".join([names[name], *changes])
+
+
 def head_plan(cell: Cell, method: Method, target: Model) -> Plan:
     plan = draft_plan(cell, method, target, target)
     init = {"kind": "EAGLE head", "weights of losses": [STATE_WEIGHT, TOKEN_WEIGHT]}
-    return replace(plan, name=f"eagle-{plan.name}", init=init)
+    if cell.settings.draft_vocab:
+        token_ids = frequent_tokens(plan.examples, cell.settings.draft_vocab, cell.ends)
+        init["token_ids"] = token_ids.tolist()
+    method = replace(method, divergence="fkl")  # in EAGLE's losses, those of best too
+    return replace(plan, name=f"eagle-{plan.name}", init=init, method=method)
 
 
 def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = None) -> Model:
@@ -483,9 +543,11 @@ def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = No
     if finished:
         return finished
     torch.manual_seed(plan.seed)
-    head = Eagle(load_model(target.path, torch.float32, cell.device)).to(cell.device)
+    network = load_model(target.path, torch.float32, cell.device)
+    head = Eagle(network, token_ids=short_head_ids(plan)).to(cell.device)
     all_positions = replace(plan, examples=all_tokens(plan.examples))
-    teacher = open_target(cell, all_positions, target)
+    validation = HeadValidation(cell.validation, cell.rows_at_once)
+    teacher = open_target(cell, all_positions, target, validation)
     head.teacher = TargetStates(teacher, plan.examples)
     step = eagle_step
     step_inputs = [head.teacher]
@@ -494,7 +556,7 @@ def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = No
         step = eagle_adaspec_step
         reference_loss = open_reference(cell, plan, head.teacher, target, reference)
         step_inputs += [reference_loss, plan.method]
-    options = training_options(cell, plan, folder, settings)
+    options = training_options(cell, plan, folder, settings, validation)
     summary = train(head, plan.examples, step, step_inputs, **options)
     summary["accuracy"] = training_accuracy(
         head, plan.examples, len(cell.tokenizer), cell.rows_at_once
@@ -504,6 +566,10 @@ def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = No
         forwards[f"accuracy of {plan.name}"] = len(plan.examples)
     summary["target_forwards"] = forwards
     summary["cache_seconds"] = cache_seconds(teacher, reference_loss)
+    if head.token_ids is not None:
+        mean = mean_coverage(head.teacher, plan.examples, cell.device)
+        summary |= {"draft_vocab": len(head.token_ids), "coverage": mean}
+        say(f"  short head: {mean:.4f} of the target's probability, a bound on alpha at T = 1")
     history = options["history"]
     return storage.save_stage(folder, settings, summary, head, cell.tokenizer, history)
 
@@ -525,27 +591,25 @@ def open_reference(
 
 # The command line
 
-PAIRS = {
-    "tiny-eagle": replace(MODEL_PAIRS["tiny"], draft=None),
-    "smollm2-eagle": Pair("HuggingFaceTB/SmolLM2-135M-Instruct", None),
-}
+PAIRS = {"tiny-eagle": replace(MODEL_PAIRS["tiny"], draft=None)}
 
 
 @dataclass(frozen=True)
 class EagleSettings(StudySettings):
     pairs: tuple[str, ...] = flag(
-        tuple(PAIRS), some_of(PAIRS), f"comma-separated, of {', '.join(PAIRS)}", "grid"
+        tuple(PAIRS), some_of([*PAIRS, "custom"]), "tiny-eagle; with a target given, custom", "grid"
     )
-    target: str | None = None
+    heads: bool = True
+    head: str | None = flag(
+        None, folder, "folder of a head to measure on --target, as it is: trains none", "grid"
+    )
     draft: str | None = None
-    validation_rows: int = 0  # alpha is not watched: a head needs the target's states for it
     draft_layers: int | None = None
-    draft_vocab: int | None = None
     write_with_draft: bool = False
     methods: tuple = flag(
         ("distillspec", "adaspec"),
-        some_of(["distillspec", "adaspec"]),
-        "comma-separated, of distillspec (EAGLE) and adaspec (EAGLE + AdaSPEC)",
+        some_of(["distillspec", "adaspec", "best"]),
+        "comma-separated, of distillspec (EAGLE), adaspec (EAGLE + AdaSPEC) and best",
         "grid",
     )
     max_new_tokens: int = flag(
@@ -565,6 +629,10 @@ def parse_arguments(argv) -> tuple[EagleSettings, list[Method]]:
     )
     parser.set_defaults(data="ground-truth")  # a head has no others
     settings, methods = parse_settings(parser, argv, EagleSettings)
+    if settings.head and not settings.target:
+        parser.error("--head is measured on the target that it was made for: add --target")
+    if settings.head:
+        return settings, []
     if settings.pairs == PRESETS["tiny"]["pairs"]:
         settings = replace(settings, pairs=("tiny-eagle",))
     return settings, methods

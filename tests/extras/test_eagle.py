@@ -26,6 +26,8 @@ from data import all_tokens, collate, make_batch
 from extras import eagle
 from extras.eagle import (
     Eagle,
+    EagleSettings,
+    HeadValidation,
     TargetStates,
     eagle_adaspec_step,
     eagle_step,
@@ -33,7 +35,8 @@ from extras.eagle import (
     training_accuracy,
 )
 from extras.tree import tree_generate
-from settings import Method, Pair, Settings
+from head import Head
+from settings import Method, Pair
 from speculative import Stats, autoregressive_generate, expected_acceptance, speculative_generate
 from storage import Checkpoints
 from teacher import Frozen, ReferenceLoss, TokenCache
@@ -105,18 +108,21 @@ def slow_eagle(target, head, prompt, max_new_tokens, branching, ends=()):
     return text, stats + Stats(per_position=(accepted_at, judged_at))
 
 
-def head_on(target, steps=60, seed=0):
+def head_on(target, steps=60, seed=0, token_ids=None):
     """A head that has learned a little of the target's own text, so that it agrees now and then."""
     torch.manual_seed(seed)
-    head, vocab = Eagle(target), target.config.vocab_size
+    head, vocab = Eagle(target, token_ids=token_ids), target.config.vocab_size
     prompts = torch.randint(vocab, (48, 2))
     text = autoregressive_generate(target, prompts, max_new_tokens=20, temperature=1.0)
     states = target.base_model(text, use_cache=False).last_hidden_state.detach()
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     for _ in range(steps):
         logits = head(text, F.pad(states, (0, 0, 1, -1)), use_cache=False).logits
+        target_logits = target.get_output_embeddings()(states)
+        if token_ids is not None:
+            target_logits, logits = target_logits[..., token_ids], logits[..., token_ids]
         optimizer.zero_grad()
-        token_kl(target.get_output_embeddings()(states), logits).mean().backward()
+        token_kl(target_logits, logits).mean().backward()
         optimizer.step()
     return head.eval()
 
@@ -129,10 +135,19 @@ def heads():
 
 
 @pytest.fixture(scope="module")
-def small():
-    """A target over five tokens, so that all continuations can be enumerated, and a head on it."""
+def short():
+    """A target and a head on it that has a short output head."""
+    target = build("llama", seed=5)
+    return target, head_on(target, token_ids=torch.arange(30))
+
+
+@pytest.fixture(scope="module", params=["whole", "short"])
+def small(request):
+    """A target over five tokens, so that all continuations can be enumerated, and a head on it;
+    also one that has a short output head."""
     target = build("llama", vocab=5, hidden=16, initializer_range=0.25)
-    return target, head_on(target, steps=15)
+    token_ids = torch.tensor([0, 2, 4]) if request.param == "short" else None
+    return target, head_on(target, steps=15, token_ids=token_ids)
 
 
 # Decoding
@@ -153,6 +168,23 @@ def test_greedy_is_the_targets_own_with_the_counts_of_a_slow_sampler(heads, name
         gamma = len(branching)
         chain = speculative_generate(target, head, PROMPT, gamma=gamma, max_new_tokens=24)
         assert torch.equal(chain.sequences, expected) and same_counts(chain.stats, counts, gamma)
+
+
+def test_greedy_with_a_short_head_is_the_targets_own(short):
+    """It drafts its own tokens alone, and as a slow sampler does."""
+    target, head = short
+    expected = autoregressive_generate(target, PROMPT, max_new_tokens=24)
+    for branching in ((1, 1, 1), (3, 2)):
+        counts = slow_eagle(target, head, PROMPT[0].tolist(), 24, branching)[1]
+        out = tree_generate(target, head, PROMPT, branching=branching, max_new_tokens=24)
+        assert torch.equal(out.sequences, expected)
+        assert same_counts(out.stats, counts, len(branching)) and out.stats.accepted > 0
+    chain = speculative_generate(target, head, PROMPT, gamma=3, max_new_tokens=24)
+    assert torch.equal(chain.sequences, expected)
+    states = torch.zeros(1, 5, target.config.hidden_size)
+    logits = head(PROMPT, states, use_cache=False).logits
+    assert logits[..., head.token_ids].isfinite().all()
+    assert logits.isfinite().sum() == 5 * len(head.token_ids)
 
 
 @pytest.mark.parametrize("name", ["neox", "llama"])
@@ -321,14 +353,14 @@ def test_noise_is_for_training_alone_and_of_its_width(heads):
 
 @pytest.fixture
 def make_head(make_model, examples):
-    """make_head(architecture, noise, seed): a target, its states over 24 rows, and a head that
-    learns from them."""
+    """make_head(architecture, noise, seed, token_ids): a target, its states over 24 rows, and a
+    head that learns from them."""
 
-    def make(architecture="neox", noise=0.1, seed=3):
+    def make(architecture="neox", noise=0.1, seed=3, token_ids=None):
         target = make_model(architecture, seed=1, initializer_range=0.2)
-        states = TargetStates(Frozen(target, 400), examples[:24])
+        states = TargetStates(Frozen(target, 400, token_ids), examples[:24])
         torch.manual_seed(seed)
-        head = Eagle(target, noise).to(target.device)
+        head = Eagle(target, noise, token_ids).to(target.device)
         head.teacher = states
         return target, states, head
 
@@ -445,6 +477,18 @@ def test_training_lowers_the_loss_and_raises_the_accuracy(make_head, examples, t
     assert agree.float().mean() == pytest.approx(last)
 
 
+@pytest.mark.parametrize("token_ids", [None, torch.arange(1, 400, 3)])
+def test_alpha_is_watched_as_the_evaluator_sees_it(make_head, examples, token_ids):
+    """On held-out rows, of which the head in training reads the target's states too."""
+    target, states, head = make_head(token_ids=token_ids)
+    validation = HeadValidation(examples[24:32], rows_at_once=3)
+    validation.ask(states.teacher)
+    alpha = validation.alpha(head.train(), Head(head, 400), torch.float32)
+    exact = expected_acceptance(target, head.eval(), *collate(examples[24:32]), vocab_size=400)
+    assert alpha == pytest.approx(exact.overlap.mean().item(), abs=1e-5)
+    assert head.teacher is states
+
+
 def test_accuracy_is_over_all_ranks_with_equal_forwards(make_head, examples, monkeypatch):
     """Of 7 rows, 3 at once, rank 0 has 4 and rank 1 has 3: two forwards of the target on each."""
     _, states, head = make_head(noise=0)
@@ -504,6 +548,15 @@ def test_resume_is_bit_for_bit(make_head, examples, tmp_path):
 
 
 # Files and refusals
+
+
+def test_files_hold_a_short_head(short, tmp_path):
+    target, head = short
+    head.save_pretrained(tmp_path)
+    again = Eagle.from_pretrained(tmp_path, target)
+    assert torch.equal(again.token_ids, head.token_ids)
+    outs = [speculative_generate(target, m, PROMPT, max_new_tokens=20) for m in (head, again)]
+    assert torch.equal(outs[0].sequences, outs[1].sequences) and outs[0].stats == outs[1].stats
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -597,8 +650,9 @@ def test_stages_of_a_cell(target_folder, tmp_path, monkeypatch, cache_gb):
     results = []
     monkeypatch.setattr(eagle, "evaluate_drafts", lambda *evaluation: results.append(evaluation))
     settings = replace(
-        Settings(), limit=24, max_length=128, max_new_tokens=6, eval_prompts=2, batch=8,
+        EagleSettings(), limit=24, max_length=128, max_new_tokens=6, eval_prompts=2, batch=8,
         epochs=(0, 1, 2), dtype="float32", cache_gb=cache_gb, out=str(tmp_path / "out"),
+        validation_rows=0,
     )  # fmt: skip
     pairs = {"toy": Pair(str(target_folder), None)}
     cell = prepare_cell("toy", "arithmetic", 0, settings, CPU, pairs)
@@ -689,8 +743,10 @@ def test_command_ends_in_the_table_and_uses_heads_again(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--methods best", "unknown name 'best', expected one of distillspec, adaspec"),
-        ("--pairs pythia", "unknown name 'pythia', expected one of tiny-eagle, smollm2-eagle"),
+        ("--methods none", "unknown name 'none', expected one of distillspec, adaspec, best"),
+        ("--pairs pythia", "unknown name 'pythia', expected one of tiny-eagle, custom"),
+        ("--head tests", "--head is measured on the target that it was made for: add --target"),
+        ("--head none --target x", "no such folder: 'none'"),
         ("--data target", "unrecognized arguments: --data target"),
         ("--divergence tvd", "unrecognized arguments: --divergence tvd"),
         ("--draft x", "unrecognized arguments: --draft x"),
@@ -708,10 +764,12 @@ def test_what_a_head_cannot_do_is_refused_in_one_line(flags, words, capsys):
 def test_flags_and_methods():
     settings, methods = eagle.parse_arguments(["--k", "0.2", "--methods", "AdaSPEC"])
     assert methods == [Method("adaspec", k=0.2)] and settings.split == "test"
-    assert settings.pairs == ("tiny-eagle", "smollm2-eagle")
+    assert settings.pairs == ("tiny-eagle",)
     assert eagle.parse_arguments(["--preset", "tiny"])[0].pairs == ("tiny-eagle",)
-    flags = ["--preset", "tiny", "--pairs", "smollm2-eagle"]
-    assert eagle.parse_arguments(flags)[0].pairs == ("smollm2-eagle",)
+    flags = ["--preset", "tiny", "--target", "x"]
+    assert eagle.parse_arguments(flags)[0].pairs == ("custom",)
+    settings, methods = eagle.parse_arguments(["--target", "x", "--head", "tests"])
+    assert settings.head == "tests" and not methods
     assert [method.label for method in eagle.parse_arguments([])[1]] == ["DistillSpec", "AdaSPEC"]
 
 
