@@ -330,7 +330,7 @@ def check_short_heads(cell: Cell, methods: list[Method]) -> None:
             f"{printable(cell.model_names[0])} has a short output head (draft_vocab_size): "
             "a draft's, not a target's"
         )
-    if size and any(is_short):
+    if size and is_short[-1]:
         name = printable(cell.model_names[-1])
         raise ValueError(f"--draft-vocab: {name} has a short head already; leave the flag out")
     if size and size > len(cell.tokenizer):

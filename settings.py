@@ -351,7 +351,8 @@ def contradiction(settings: Settings) -> str | None:
         return "--log-dir needs tensorboard: pip install tensorboard"
     drafts = [draft for draft in (settings.draft, settings.draft_layers) if draft]
     if not settings.target and (drafts or "custom" in settings.pairs):
-        return "the pair custom needs --target, and --draft or --draft-layers"
+        more = "" if settings.heads else ", and --draft or --draft-layers"
+        return f"the pair custom needs --target{more}"
     if settings.target and "custom" not in settings.pairs:
         return "--target is the pair custom: add it to --pairs, or leave --pairs out"
     if settings.target and not settings.heads and len(drafts) != 1:

@@ -196,9 +196,13 @@ def keep_outside(cell, plan: Plan, target: Model, teacher: Frozen) -> None:
     if not cache:
         return
     teacher.use_outside(cache, cell.device, f"{cell.task} short head")
+    say_coverage(cell, teacher, teacher.coverage)
+
+
+def say_coverage(cell, teacher: Frozen, share: float) -> None:
     say(
         f"  short head: {teacher.head.size} of {len(cell.tokenizer)} tokens, with "
-        f"{teacher.coverage:.4f} of the target's probability, a bound on alpha at T = 1"
+        f"{share:.4f} of the target's probability, a bound on alpha at T = 1"
     )
 
 

@@ -2,9 +2,13 @@
 AdaSPEC's filter.
 
     python -m extras.eagle --pairs tiny-eagle --tasks gsm8k --data-dir DIR --seeds 0,1,2
+    python -m extras.eagle --target T --tasks custom --data-dir DIR --methods best
+    python -m extras.eagle --target T --head HEAD --tasks custom --data-dir DIR
 
-trains a head on all response tokens (method distillspec, "EAGLE") and one on AdaSPEC's (method
-adaspec, "EAGLE + AdaSPEC"), whose reference is a head of the first kind, and compares them.
+The first trains a head on all response tokens (method distillspec, "EAGLE") and one on AdaSPEC's
+(method adaspec, "EAGLE + AdaSPEC"), whose reference is a head of the first kind, and compares them;
+best is EAGLE in small batches, with a rate that decays and the reference's epochs too. The second
+does so for a model of one's own, the third measures a head that is there.
 
 The draft is a head on the target: token x_s and the state h_{s-1} that the target predicted it from
 go through one linear layer and one decoder layer of the target's own kind, which guesses h_s; the
@@ -68,6 +72,7 @@ from stages import (
     cache_seconds,
     fit,
     open_target,
+    say_coverage,
     short_head_ids,
     stage_settings,
     target_forwards,
@@ -277,22 +282,31 @@ class TargetStates:
         return outside_log_odds(self.teacher.whole_head, self.head.token_ids, self.hidden(batch))
 
 
+class RememberedStates(TargetStates):
+    """The same for a few batches, computed once each."""
+
+    def __init__(self, *inputs):
+        super().__init__(*inputs)
+        self.by_batch: dict[int, Tensor] = {}
+
+    def all_states(self, batch: Batch) -> Tensor:
+        if id(batch) not in self.by_batch:
+            self.by_batch[id(batch)] = super().all_states(batch)
+        return self.by_batch[id(batch)]
+
+
 class HeadValidation(Validation):
     """history.Validation of a head: it reads the target's states on the held-out rows too."""
 
     def ask(self, target: Frozen) -> None:
-        states = TargetStates(target, self.examples)
-        super().ask(states)
-        self.states = {id(batch): states.all_states(batch) for batch in self.batches}
-
-    def all_states(self, batch: Batch) -> Tensor:
-        return self.states[id(batch)]
+        self.states = RememberedStates(target, self.examples)
+        super().ask(self.states)
 
     def alpha(self, model: Eagle, head: Head, dtype: torch.dtype) -> float | None:
-        training_teacher = model.teacher
-        model.teacher = self
+        training_states = model.teacher
+        model.teacher = self.states
         alpha = super().alpha(model, head, dtype)
-        model.teacher = training_teacher
+        model.teacher = training_states
         return alpha
 
 
@@ -482,14 +496,15 @@ class HeadTreeLane(HeadLane, TreeLane):
 
 
 def run_heads(cell: Cell, methods: Sequence[Method]) -> list[dict]:
-    """As run_all.run_cell: the stages that are not done yet, and the evaluation of the heads."""
+    """As run_all.run_cell: the stages that are not done yet, or the head that is given, and the
+    evaluation of the heads."""
     say(cell.header)
     target, _ = base_models(cell)
     if cell.recipe.epochs[0]:
         target = fit(cell, target_plan(cell, target), fine_tuning_step)
-    given = cell.settings.head
-    heads = {"EAGLE": Model(given, model_identity(given, cell.settings.out))} if given else {}
-    costs = {}
+    heads, costs = {}, {}
+    if cell.settings.head:
+        heads["base"] = given_head(cell, target)
     if methods:  # to train on
         write_missing_responses(cell, target, None)
     for method in methods:
@@ -506,6 +521,15 @@ def run_heads(cell: Cell, methods: Sequence[Method]) -> list[dict]:
         return network if path == target.path else Eagle.from_pretrained(path, network)
 
     return evaluate_drafts(cell, target, heads, costs, load)
+
+
+def given_head(cell: Cell, target: Model) -> Model:
+    """That of --head; says so where it was trained for another target."""
+    path = cell.settings.head
+    made_for = storage.read_json(Path(path, "stage.json")).get("settings", {}).get("target")
+    if made_for not in (None, target.fingerprint):
+        say(f"  {path} was trained for another target, or for this one in another folder")
+    return Model(path, model_identity(path, cell.settings.out))
 
 
 def train_head(cell: Cell, method: Method, target: Model) -> list[Model]:
@@ -542,13 +566,14 @@ def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = No
     finished = storage.finished_stage(folder, settings)
     if finished:
         return finished
-    torch.manual_seed(plan.seed)
-    network = load_model(target.path, torch.float32, cell.device)
-    head = Eagle(network, token_ids=short_head_ids(plan)).to(cell.device)
+    head = new_head(cell, plan, target)
     all_positions = replace(plan, examples=all_tokens(plan.examples))
     validation = HeadValidation(cell.validation, cell.rows_at_once)
     teacher = open_target(cell, all_positions, target, validation)
     head.teacher = TargetStates(teacher, plan.examples)
+    if head.token_ids is not None:
+        share = mean_coverage(head.teacher, plan.examples, cell.device)
+        say_coverage(cell, teacher, share)
     step = eagle_step
     step_inputs = [head.teacher]
     reference_loss = None
@@ -564,14 +589,24 @@ def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = No
     forwards = target_forwards(cell, plan, teacher, reference_loss, summary)
     if not teacher.cache:
         forwards[f"accuracy of {plan.name}"] = len(plan.examples)
+        if head.token_ids is not None:
+            forwards[f"coverage of {plan.name}"] = min(COVERAGE_ROWS, len(plan.examples))
     summary["target_forwards"] = forwards
     summary["cache_seconds"] = cache_seconds(teacher, reference_loss)
     if head.token_ids is not None:
-        mean = mean_coverage(head.teacher, plan.examples, cell.device)
-        summary |= {"draft_vocab": len(head.token_ids), "coverage": mean}
-        say(f"  short head: {mean:.4f} of the target's probability, a bound on alpha at T = 1")
+        summary |= {"draft_vocab": len(head.token_ids), "coverage": share}
     history = options["history"]
     return storage.save_stage(folder, settings, summary, head, cell.tokenizer, history)
+
+
+def new_head(cell: Cell, plan: Plan, target: Model) -> Eagle:
+    """A head to be trained. Raises ValueError for a target that can have none."""
+    torch.manual_seed(plan.seed)
+    network = load_model(target.path, torch.float32, cell.device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=cell.device)
+    with torch.no_grad():
+        TargetLane(network, token).forward(token)  # can its states be read?
+    return Eagle(network, token_ids=short_head_ids(plan)).to(cell.device)
 
 
 def open_reference(
@@ -601,7 +636,7 @@ class EagleSettings(StudySettings):
     )
     heads: bool = True
     head: str | None = flag(
-        None, folder, "folder of a head to measure on --target, as it is: trains none", "grid"
+        None, folder, "measure the head in this folder on --target as it is: trains none", "grid"
     )
     draft: str | None = None
     draft_layers: int | None = None
@@ -618,7 +653,13 @@ class EagleSettings(StudySettings):
 
 
 def prepare_head(pair: str, task: str, seed: int, settings: Settings, device) -> Cell:
-    return prepare_cell(pair, task, seed, settings, device, PAIRS)
+    """As cells.prepare_cell; heads that are given have cells of their own."""
+    cell = prepare_cell(pair, task, seed, settings, device, PAIRS)
+    if not settings.head:
+        return cell
+    identity = model_identity(settings.head, settings.out)
+    name = f"{cell.name}-{Path(settings.head).name}-{storage.fingerprint({'head': identity})[:8]}"
+    return replace(cell, name=name, folder=Path(settings.out, name, task, f"seed{seed}"))
 
 
 def parse_arguments(argv) -> tuple[EagleSettings, list[Method]]:
@@ -629,10 +670,12 @@ def parse_arguments(argv) -> tuple[EagleSettings, list[Method]]:
     )
     parser.set_defaults(data="ground-truth")  # a head has no others
     settings, methods = parse_settings(parser, argv, EagleSettings)
-    if settings.head and not settings.target:
-        parser.error("--head is measured on the target that it was made for: add --target")
     if settings.head:
-        return settings, []
+        if settings.pairs != ("custom",) or settings.draft_vocab:
+            parser.error("--head is measured as it is: give --target, no --pairs, no --draft-vocab")
+        if not Path(settings.head, "eagle.json").is_file():
+            parser.error(f"--head {settings.head} holds no EAGLE head: there is no eagle.json")
+        return replace(settings, methods=("none",), validation_rows=0), []
     if settings.pairs == PRESETS["tiny"]["pairs"]:
         settings = replace(settings, pairs=("tiny-eagle",))
     return settings, methods

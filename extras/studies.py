@@ -133,6 +133,8 @@ def count_methods(commands: list[str]) -> int:
             names = "distillspec,adaspec"
             if "--methods" in words:
                 names = words[words.index("--methods") + 1]
+            if "--head" in words:  # measured as it is
+                names = "none"
             methods += [METHODS.get(name, name) for name in names.lower().split(",")]
     return len(set(methods) - {"none"})
 

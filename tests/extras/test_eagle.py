@@ -482,7 +482,13 @@ def test_alpha_is_watched_as_the_evaluator_sees_it(make_head, examples, token_id
     """On held-out rows, of which the head in training reads the target's states too."""
     target, states, head = make_head(token_ids=token_ids)
     validation = HeadValidation(examples[24:32], rows_at_once=3)
+    rows = []
+    hook = target.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     validation.ask(states.teacher)
+    hook.remove()
+    assert sum(rows) == 8, "the target is asked about each row once"
     alpha = validation.alpha(head.train(), Head(head, 400), torch.float32)
     exact = expected_acceptance(target, head.eval(), *collate(examples[24:32]), vocab_size=400)
     assert alpha == pytest.approx(exact.overlap.mean().item(), abs=1e-5)
@@ -710,34 +716,45 @@ SHORT = (
 def test_command_ends_in_the_table_and_uses_heads_again(
     target_folder, tmp_path, monkeypatch, capsys
 ):
-    """A target from scratch that two seeds share, and one from a folder; again, nothing runs."""
+    """A target from scratch that two seeds share, and one of the user's own, with short output
+    heads; again, nothing runs. A head is then measured as it is."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     monkeypatch.setitem(eagle.PAIRS, "tiny-eagle", Pair(sizes, None, target_lr=1e-3, lr=2e-3))
     flags = {
         "tiny-eagle": ["--seeds", "0,1", "--target-seed", "0"],  # the preset's pair
-        "smollm2-eagle": ["--pairs", "smollm2-eagle", "--models-dir", str(target_folder.parent)],
+        "own": ["--target", str(target_folder), "--draft-vocab", "100"],
     }
-    for pair, more in flags.items():
-        command = [*SHORT, "--out", str(tmp_path / pair), *more]
+    for name, more in flags.items():
+        command = [*SHORT, "--out", str(tmp_path / name), *more]
         eagle.main(command)
         out = capsys.readouterr().out
-        rows = json.loads((tmp_path / pair / "results.json").read_text())["rows"]
+        rows = json.loads((tmp_path / name / "results.json").read_text())["rows"]
+        pair = rows[0]["pair"]
         assert {row["draft"] for row in rows} == {"EAGLE", "EAGLE + AdaSPEC"}
         for row in rows:
             assert row["speedup"] > 0 and row["seconds_per_response"] > 0
             assert 0 <= row["accuracy"] <= 1 and "tau_by_gamma" not in row
         assert f"| arithmetic | {pair} | 0.0 | over EAGLE | " in out
         assert "training accuracy" in out
-        folder = tmp_path / pair / pair / "arithmetic" / "seed0"
+        folder = tmp_path / name / pair / "arithmetic" / "seed0"
         assert not (folder / "cache").exists()
-        target = AutoModelForCausalLM.from_pretrained(folder / "target")
+        target = folder / "target" if name == "tiny-eagle" else target_folder
+        target = AutoModelForCausalLM.from_pretrained(target)
         head = Eagle.from_pretrained(folder / "eagle-adaspec", target)
         assert head.config.num_hidden_layers == 1
+        assert name == "tiny-eagle" or len(head.token_ids) == rows[0]["draft_vocab"] == 100
+        assert ("coverage" in rows[0]) == ("short head: 100 of " in out) == (name == "own")
     eagle.main(command)
     out = capsys.readouterr().out
     assert "last loss" not in out and "eagle-adaspec: done before" in out
     assert f"| arithmetic | {pair} | 0.0 | over EAGLE | " in out
     assert not (tmp_path / "tiny-eagle" / "tiny-eagle" / "arithmetic" / "seed1" / "target").exists()
+    measured = ["--target", str(target_folder), "--head", str(folder / "eagle-adaspec")]
+    eagle.main([*SHORT, "--out", str(tmp_path / "measured"), *measured])
+    rows_again = json.loads((tmp_path / "measured" / "results.json").read_text())["rows"]
+    expected = [row["alpha"] for row in rows if row["draft"] == "EAGLE + AdaSPEC"]
+    assert [row["alpha"] for row in rows_again] == expected
+    assert {row["draft"] for row in rows_again} == {"base"}
 
 
 @pytest.mark.parametrize(
@@ -745,8 +762,11 @@ def test_command_ends_in_the_table_and_uses_heads_again(
     [
         ("--methods none", "unknown name 'none', expected one of distillspec, adaspec, best"),
         ("--pairs pythia", "unknown name 'pythia', expected one of tiny-eagle, custom"),
-        ("--head tests", "--head is measured on the target that it was made for: add --target"),
+        ("--head tests", "--head is measured as it is: give --target, no --pairs"),
+        ("--head tests --target x --draft-vocab 9", "no --draft-vocab"),
+        ("--head tests --target x", "--head tests holds no EAGLE head: there is no eagle.json"),
         ("--head none --target x", "no such folder: 'none'"),
+        ("--pairs custom", "the pair custom needs --target\n"),
         ("--data target", "unrecognized arguments: --data target"),
         ("--divergence tvd", "unrecognized arguments: --divergence tvd"),
         ("--draft x", "unrecognized arguments: --draft x"),
@@ -761,15 +781,16 @@ def test_what_a_head_cannot_do_is_refused_in_one_line(flags, words, capsys):
     assert end.value.code == 2 and words in message and message.count("\n") == 1
 
 
-def test_flags_and_methods():
+def test_flags_and_methods(tmp_path):
     settings, methods = eagle.parse_arguments(["--k", "0.2", "--methods", "AdaSPEC"])
     assert methods == [Method("adaspec", k=0.2)] and settings.split == "test"
     assert settings.pairs == ("tiny-eagle",)
     assert eagle.parse_arguments(["--preset", "tiny"])[0].pairs == ("tiny-eagle",)
     flags = ["--preset", "tiny", "--target", "x"]
     assert eagle.parse_arguments(flags)[0].pairs == ("custom",)
-    settings, methods = eagle.parse_arguments(["--target", "x", "--head", "tests"])
-    assert settings.head == "tests" and not methods
+    (tmp_path / "eagle.json").touch()
+    settings, methods = eagle.parse_arguments(["--target", "x", "--head", str(tmp_path)])
+    assert settings.head == str(tmp_path) and settings.methods == ("none",) and not methods
     assert [method.label for method in eagle.parse_arguments([])[1]] == ["DistillSpec", "AdaSPEC"]
 
 
