@@ -10,6 +10,7 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import adaspec
 import models
 import ranks
 import stages
+import storage
 from adaspec import select_tokens, token_kl
 from cells import prepare_cell
 from data import all_tokens, collate, make_batch
@@ -31,6 +33,7 @@ from extras.eagle import (
     TargetStates,
     eagle_adaspec_step,
     eagle_step,
+    given_head,
     run_heads,
     training_accuracy,
 )
@@ -38,7 +41,7 @@ from extras.tree import tree_generate
 from head import Head
 from settings import Method, Pair
 from speculative import Stats, autoregressive_generate, expected_acceptance, speculative_generate
-from storage import Checkpoints
+from storage import Checkpoints, Model
 from teacher import Frozen, ReferenceLoss, TokenCache
 from tests.sampling import ARCHITECTURES, build, chi_square, enumerate_texts, same_counts
 from train import Student, train
@@ -704,6 +707,17 @@ def test_stages_of_a_cell(target_folder, tmp_path, monkeypatch, cache_gb):
         network.teacher = states
         accuracy = training_accuracy(network, cell.examples, 400)
         assert costs[label]["accuracy"] == pytest.approx(accuracy, abs=2e-3)
+
+
+@pytest.mark.parametrize(("target", "is_said"), [("a", False), ("b", True)])
+def test_a_head_of_another_target_is_said_to_be_so(tmp_path, capsys, target, is_said):
+    """Its shapes may fit all the same."""
+    storage.write_json(tmp_path / "stage.json", {"settings": {"target": "a"}})
+    (tmp_path / "eagle.safetensors").write_bytes(b"weights")
+    settings = EagleSettings(head=str(tmp_path), out=str(tmp_path))
+    head = given_head(SimpleNamespace(settings=settings), Model("folder", target))
+    assert ("was trained for another target" in capsys.readouterr().out) is is_said
+    assert head.path == str(tmp_path)
 
 
 SHORT = (
