@@ -53,7 +53,7 @@ from cells import (
     target_plan,
     write_missing_responses,
 )
-from cli import Parser, add_flags, decimal, flag, folder, run_command, some_of, whole
+from cli import Parser, add_flags, decimal, flag, run_command, some_of, whole
 from data import Batch, Example, all_tokens, make_batch
 from extras.ablations import StudySettings
 from extras.report import eagle_table
@@ -636,7 +636,7 @@ class EagleSettings(StudySettings):
     )
     heads: bool = True
     head: str | None = flag(
-        None, folder, "measure the head in this folder on --target as it is: trains none", "grid"
+        None, str, "measure the head in this folder on --target as it is: trains none", "grid"
     )
     draft: str | None = None
     draft_layers: int | None = None
@@ -653,7 +653,10 @@ class EagleSettings(StudySettings):
 
 
 def prepare_head(pair: str, task: str, seed: int, settings: Settings, device) -> Cell:
-    """As cells.prepare_cell; heads that are given have cells of their own."""
+    """As cells.prepare_cell; heads that are given have cells of their own. Raises ValueError where
+    a folder that is given holds none."""
+    if settings.head and not Path(settings.head, "eagle.json").is_file():
+        raise ValueError(f"--head {settings.head} holds no EAGLE head: there is no eagle.json")
     cell = prepare_cell(pair, task, seed, settings, device, PAIRS)
     if not settings.head:
         return cell
@@ -673,8 +676,6 @@ def parse_arguments(argv) -> tuple[EagleSettings, list[Method]]:
     if settings.head:
         if settings.pairs != ("custom",) or settings.draft_vocab:
             parser.error("--head is measured as it is: give --target, no --pairs, no --draft-vocab")
-        if not Path(settings.head, "eagle.json").is_file():
-            parser.error(f"--head {settings.head} holds no EAGLE head: there is no eagle.json")
         return replace(settings, methods=("none",), validation_rows=0), []
     if settings.pairs == PRESETS["tiny"]["pairs"]:
         settings = replace(settings, pairs=("tiny-eagle",))

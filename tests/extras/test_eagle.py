@@ -778,8 +778,6 @@ def test_command_ends_in_the_table_and_uses_heads_again(
         ("--pairs pythia", "unknown name 'pythia', expected one of tiny-eagle, custom"),
         ("--head tests", "--head is measured as it is: give --target, no --pairs"),
         ("--head tests --target x --draft-vocab 9", "no --draft-vocab"),
-        ("--head tests --target x", "--head tests holds no EAGLE head: there is no eagle.json"),
-        ("--head none --target x", "no such folder: 'none'"),
         ("--pairs custom", "the pair custom needs --target\n"),
         ("--data target", "unrecognized arguments: --data target"),
         ("--divergence tvd", "unrecognized arguments: --divergence tvd"),
@@ -802,9 +800,10 @@ def test_flags_and_methods(tmp_path):
     assert eagle.parse_arguments(["--preset", "tiny"])[0].pairs == ("tiny-eagle",)
     flags = ["--preset", "tiny", "--target", "x"]
     assert eagle.parse_arguments(flags)[0].pairs == ("custom",)
-    (tmp_path / "eagle.json").touch()
     settings, methods = eagle.parse_arguments(["--target", "x", "--head", str(tmp_path)])
     assert settings.head == str(tmp_path) and settings.methods == ("none",) and not methods
+    with pytest.raises(ValueError, match="holds no EAGLE head"):
+        eagle.prepare_head("custom", "gsm8k", 0, settings, CPU)
     assert [method.label for method in eagle.parse_arguments([])[1]] == ["DistillSpec", "AdaSPEC"]
 
 
