@@ -121,4 +121,4 @@ if ranks.rank() == 0:  # which has written it
 weights = on_policy_training(checkpoints)
 assert torch.equal(weights, expected)
 assert all(torch.equal(weights, other) for other in ranks.gather_objects(weights))
-torch.distributed.destroy_process_group()
+ranks.leave()
