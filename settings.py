@@ -202,6 +202,7 @@ class Settings:
         "give drafts a short output head, of so many tokens that responses use most",
         "grid",
     )
+    heads: bool = False  # drafts are heads on the target (extras/eagle.py)
     methods: tuple = flag(
         ("distillspec", "adaspec"),
         some_of([*METHODS, "none"]),
@@ -235,7 +236,6 @@ class Settings:
         "of responses that the target writes; rows take several in turn",
         "rows",
     )
-    heads: bool = False  # drafts are heads on the target (extras/eagle.py)
     write_with_draft: bool = flag(
         False,
         None,

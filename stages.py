@@ -74,8 +74,7 @@ def fit(
     summary = train(model, plan.examples, step, step_inputs, **options)
     summary["target_forwards"] = target_forwards(cell, plan, teacher, reference_loss, summary)
     summary["cache_seconds"] = cache_seconds(teacher, reference_loss)
-    if teacher and teacher.head.token_ids is not None:
-        summary |= {"draft_vocab": teacher.head.size, "coverage": teacher.coverage}
+    summary |= short_head_summary(teacher)
     history = options["history"]
     return storage.save_stage(folder, settings, summary, model, cell.tokenizer, history)
 
@@ -196,14 +195,21 @@ def keep_outside(cell, plan: Plan, target: Model, teacher: Frozen) -> None:
     if not cache:
         return
     teacher.use_outside(cache, cell.device, f"{cell.task} short head")
-    say_coverage(cell, teacher, teacher.coverage)
+    say_coverage(cell, teacher)
 
 
-def say_coverage(cell, teacher: Frozen, share: float) -> None:
+def say_coverage(cell, teacher: Frozen) -> None:
     say(
         f"  short head: {teacher.head.size} of {len(cell.tokenizer)} tokens, with "
-        f"{share:.4f} of the target's probability, a bound on alpha at T = 1"
+        f"{teacher.coverage:.4f} of the target's probability, a bound on alpha at T = 1"
     )
+
+
+def short_head_summary(teacher: Frozen | None) -> dict:
+    """What a stage's summary says of the draft's short head; nothing of a whole one."""
+    if not teacher or teacher.head.token_ids is None:
+        return {}
+    return {"draft_vocab": teacher.head.size, "coverage": teacher.coverage}
 
 
 def open_reference(cell, plan: Plan, teacher, target: Model, reference: Model) -> ReferenceLoss:

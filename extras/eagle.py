@@ -74,6 +74,7 @@ from stages import (
     open_target,
     say_coverage,
     short_head_ids,
+    short_head_summary,
     stage_settings,
     target_forwards,
     token_cache,
@@ -572,8 +573,8 @@ def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = No
     teacher = open_target(cell, all_positions, target, validation)
     head.teacher = TargetStates(teacher, plan.examples)
     if head.token_ids is not None:
-        share = mean_coverage(head.teacher, plan.examples, cell.device)
-        say_coverage(cell, teacher, share)
+        teacher.coverage = mean_coverage(head.teacher, plan.examples, cell.device)
+        say_coverage(cell, teacher)
     step = eagle_step
     step_inputs = [head.teacher]
     reference_loss = None
@@ -593,8 +594,7 @@ def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = No
             forwards[f"coverage of {plan.name}"] = min(COVERAGE_ROWS, len(plan.examples))
     summary["target_forwards"] = forwards
     summary["cache_seconds"] = cache_seconds(teacher, reference_loss)
-    if head.token_ids is not None:
-        summary |= {"draft_vocab": len(head.token_ids), "coverage": share}
+    summary |= short_head_summary(teacher)
     history = options["history"]
     return storage.save_stage(folder, settings, summary, head, cell.tokenizer, history)
 
