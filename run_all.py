@@ -45,6 +45,7 @@ from evaluate import evaluate
 from models import ignored_settings, load_model
 from ranks import from_rank_0, leave, rank, say, setup, world_size
 from settings import Method, Settings, parse_settings
+from speculative import pack_weights
 from stages import fit, training_cost
 from storage import Model
 from tables import in_order, markdown_text, terminal_text, told_apart
@@ -118,6 +119,8 @@ def measure_drafts(cell, target: Model, drafts: dict, load: Callable) -> list[di
     """Load the models and evaluate them on the held-out rows."""
     network = load(target.path, cell.dtype, cell.device)
     networks = {label: load(draft.path, cell.dtype, cell.device) for label, draft in drafts.items()}
+    for model in (network, *networks.values()):
+        pack_weights(model)
     name = f"{cell.task} evaluation"
     rows = evaluate(
         network, networks, cell.test, cell.tokenizer, cell.settings, cell.seed, name, cell.ends

@@ -36,6 +36,7 @@ from models import load_model
 from ranks import from_rank_0, leave, progress, rank, say
 from run_all import checked_cells, evaluate_drafts, evaluation_path, print_tables, run_cell
 from settings import METHODS, PAIRS, SOURCES, TINY_DRAFT, Method, Settings, parse_settings
+from speculative import pack_weights
 from stages import Plan, fit, training_cost
 from storage import Model
 from train import DECAYS, SELECTIONS, adaspec_step, distillation_step, fine_tuning_step
@@ -283,6 +284,8 @@ def add_speedups(cell: Cell, target: Model, drafts: dict, rows: list[dict]) -> N
     networks = {}
     for label, draft in drafts.items():
         networks[label] = load_model(draft.path, cell.dtype, cell.device)
+    for model in (network, *networks.values()):
+        pack_weights(model)
     sampling = {"eos_token_id": cell.ends, "vocab_size": len(cell.tokenizer)}
     sampling["max_new_tokens"] = settings.max_new_tokens
     turns = len(settings.temperatures) * (len(gammas) - 1) * len(prompts)

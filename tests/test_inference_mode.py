@@ -1,4 +1,5 @@
-"""speculative.inference: decoding in inference mode leaves nothing behind."""
+"""What decoding does to models: speculative.inference leaves nothing behind, and what is faster on
+a CPU gives what the layers give."""
 
 import copy
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 import speculative
+from short_head import ShortHead, shorten_head
 from speculative import expected_acceptance, speculative_generate
 from tests.sampling import build, noised
 
@@ -79,3 +81,44 @@ def test_decoding_with_thin_products_leaves_the_model_as_it_was(monkeypatch):
     monkeypatch.setattr(speculative, "has_thin_products", lambda module: False)
     plain = speculative.speculative_generate(target, draft, ids, max_new_tokens=24, gamma=3)
     assert torch.equal(output.sequences, plain.sequences) and output.stats == plain.stats
+
+
+packs = pytest.mark.skipif(not speculative.PACKED_PRODUCTS, reason="of CPUs with AVX-512 alone")
+
+
+@packs
+def test_products_with_packed_weights_are_the_layers_own():
+    """The same bits, for one row and for many, of linear layers and of a short head."""
+    target = build("llama", vocab=400, hidden=352).bfloat16()
+    draft = shorten_head(copy.deepcopy(target), torch.arange(0, 400, 3))
+    for model in (target, draft):
+        packed = copy.deepcopy(model)
+        speculative.pack_weights(packed)
+        speculative.pack_weights(packed)
+        linear = [m for m in packed.modules() if isinstance(m, (torch.nn.Linear, ShortHead))]
+        assert len(linear) == 15 and all(hasattr(module, "packed_weight") for module in linear)
+        assert packed.state_dict().keys() == model.state_dict().keys()
+        for rows, tokens in ((1, 1), (1, 4), (2, 5), (8, 40)):
+            ids = torch.randint(400, (rows, tokens), generator=torch.Generator().manual_seed(rows))
+            with torch.inference_mode():
+                assert torch.equal(packed(ids).logits, model(ids).logits)
+
+
+@packs
+def test_packed_models_decode_to_the_same_tokens():
+    target = build("llama", vocab=400, hidden=352).bfloat16()
+    draft = shorten_head(noised(target, 0.05), torch.arange(0, 400, 2))
+    ids = torch.arange(6)[None]
+    plain = speculative_generate(target, draft, ids, max_new_tokens=24, gamma=3)
+    speculative.pack_weights(target)
+    speculative.pack_weights(draft)
+    output = speculative_generate(target, draft, ids, max_new_tokens=24, gamma=3)
+    assert torch.equal(output.sequences, plain.sequences) and output.stats == plain.stats
+
+
+def test_weights_are_packed_only_in_bfloat16_on_a_cpu_that_gains(monkeypatch):
+    for gains, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        monkeypatch.setattr(speculative, "PACKED_PRODUCTS", gains)
+        model = build("llama").to(dtype)
+        speculative.pack_weights(model)
+        assert not any("forward" in vars(module) for module in model.modules())
