@@ -29,12 +29,12 @@ class ShortHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of hidden states [..., d]: -inf for all other tokens."""
-        kept = self.kept_logits(hidden)
-        logits = kept.new_full((*kept.shape[:-1], self.vocab_size), -math.inf)
-        return logits.index_copy_(-1, self.token_ids, kept)
+        short_logits = self.kept_logits(hidden)
+        logits = short_logits.new_full((*short_logits.shape[:-1], self.vocab_size), -math.inf)
+        return logits.index_copy_(-1, self.token_ids, short_logits)
 
     def kept_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V'] of `token_ids`; what `speculative.pack_weights` makes faster."""
+        """Logits [..., V'] of `token_ids` alone. `speculative.pack_weights` replaces this."""
         return F.linear(hidden, self.weight, self.bias)
 
 

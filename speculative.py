@@ -42,7 +42,7 @@ THIN_ROWS = 8  # tokens whose products with large matrices are formed by `thin_l
 # Where it gains: measured on an AMD CPU with AVX2; on an Intel one with AVX-512 it takes twice as
 # long as the layer itself (docs/decoding.md)
 THIN_PRODUCTS = torch.backends.cpu.get_cpu_capability() == "AVX2"
-# Where `pack_weights` gains: the Intel CPU; on others of its kind it is untested
+# Where `pack_weights` gains: measured on an Intel CPU, the only one with AVX-512 that was tried
 PACKED_PRODUCTS = (
     torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
@@ -375,28 +375,29 @@ def thin_linear(linear: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def pack_weights(model: torch.nn.Module) -> None:
-    """Lay out the weights of a causal LM's linear layers once as oneDNN reads them, in place, where
-    decoding is faster for it: in bfloat16 on a CPU with AVX-512. PyTorch does so at every call.
+    """Give the linear layers of a causal LM a second copy of their weights, in the order in which
+    oneDNN reads them; without it PyTorch reorders them at every call. Only in bfloat16 on a CPU
+    with AVX-512, where decoding is faster for it.
 
-    The outputs stay the same bits. But the layers go on with copies of their weights from here on,
-    so the model must not be trained or moved afterwards. The two operators are those that
-    torch.compile uses for frozen weights; they are not PyTorch's public ones.
+    From here on the layers use these copies: the model is there to decode with, not to be trained,
+    changed, moved, copied or compiled. The two operators are those that torch.compile uses for
+    frozen weights; they are not public.
     """
     if not PACKED_PRODUCTS:
         return
     for module in {*model.modules(), model.get_output_embeddings()}:
-        # what forms x @ W.T: a linear layer's forward, or that part of a short head's
-        product = "forward" if type(module) is torch.nn.Linear else "kept_logits"
-        # not where a hook, or an earlier call, has given the layer one of its own
-        if hasattr(module, product) and product not in vars(module):
+        # a short head's forward does more than the product
+        method = "forward" if type(module) is torch.nn.Linear else "kept_logits"
+        # not where a hook, or an earlier call, has given the layer another method
+        if hasattr(module, method) and method not in vars(module):
             weight = module.weight.detach()
             if (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16):
                 module.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-                setattr(module, product, MethodType(packed_linear, module))
+                setattr(module, method, MethodType(packed_linear, module))
 
 
 def packed_linear(linear: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """hidden @ weight.T + bias, of a layer whose weights `pack_weights` has laid out."""
+    """hidden @ weight.T + bias, of a layer that `pack_weights` has given its second copy."""
     product = torch.ops.mkldnn._linear_pointwise
     return product(hidden, linear.packed_weight, linear.bias, "none", [], "")
 

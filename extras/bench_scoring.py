@@ -1,9 +1,10 @@
-"""What the target's scoring of a few tokens costs, in steps of one token, with and without
-`speculative.thin_linear`, whatever the sampler would do on this CPU.
+"""What the target's scoring of a few tokens costs, in steps of one token, with PyTorch's own
+products and with faster ones: in float32 `speculative.thin_linear`, whatever the sampler would do
+on this CPU; in bfloat16 `speculative.pack_weights`, on a CPU that it gains on.
 
-    python -m extras.bench_scoring --target DIR --json scoring.json
+    python -m extras.bench_scoring --target DIR --dtype bfloat16 --json scoring.json
 
-Float32, random tokens, 200 of them in the cache; with and without take turns.
+Random tokens, 200 of them in the cache; with and without take turns.
 """
 
 import statistics
@@ -15,11 +16,12 @@ import torch
 
 import models
 import speculative
-from cli import Parser, run_command
+from cli import Parser, one_of, run_command
 from extras import measure
 
 CONTEXT = 200  # tokens in the cache
 TOKENS = range(1, 9)  # of a forward
+FASTER = {"float32": "thin", "bfloat16": "packed"}  # the faster products of a dtype
 REPEATS = 4  # the fastest of so many counts
 
 
@@ -42,30 +44,41 @@ def scoring_seconds(model, ids: torch.Tensor, mode: AbstractContextManager) -> d
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="extras.bench_scoring", description=__doc__)
-    parser.add_argument("--target", required=True, help="folder or Hub id of the target")
+    add = parser.add_argument
+    names = ", ".join(FASTER)
+    add("--target", required=True, help="folder or Hub id of the target")
+    add("--dtype", type=one_of(FASTER), default="float32", help=f"of {names}")
     measure.add_result_flags(parser, rounds=5)
     args = measure.parse(parser, argv)
+    if args.dtype == "bfloat16" and not speculative.PACKED_PRODUCTS:
+        raise ValueError("--dtype bfloat16: weights are packed on CPUs with AVX-512 only")
     models.check_model(args.target)
-    model = models.load_model(args.target)
+    dtype = getattr(torch, args.dtype)
+    model = models.load_model(args.target, dtype)
+    fast_model = model
+    if dtype == torch.bfloat16:
+        fast_model = models.load_model(args.target, dtype)
+        speculative.pack_weights(fast_model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, CONTEXT), generator=generator)
-    ratios = {"plain": {n: [] for n in TOKENS}, "thin": {n: [] for n in TOKENS}}
+    kind = FASTER[args.dtype]
+    ratios = {name: {n: [] for n in TOKENS} for name in ("plain", kind)}
     for _ in range(args.rounds):
         plain = scoring_seconds(model, ids, torch.inference_mode())
         with patch.object(speculative, "THIN_PRODUCTS", True):
-            thin = scoring_seconds(model, ids, speculative.inference(model))
+            fast = scoring_seconds(fast_model, ids, speculative.inference(fast_model))
         for n in TOKENS:
             ratios["plain"][n].append(plain[n] / plain[1])
-            ratios["thin"][n].append(thin[n] / plain[1])
-    print("a forward of n tokens, in forwards of one: median of the rounds (low to high)")
+            ratios[kind][n].append(fast[n] / plain[1])
+    print("a forward of n tokens, in PyTorch's own of one: median of the rounds (low to high)")
     for n in TOKENS:
         cells = []
-        for kind, by_tokens in ratios.items():
+        for name, by_tokens in ratios.items():
             values = sorted(by_tokens[n])
             median = statistics.median(values)
-            cells.append(f"{kind} {median:.2f} ({values[0]:.2f} to {values[-1]:.2f})")
+            cells.append(f"{name} {median:.2f} ({values[0]:.2f} to {values[-1]:.2f})")
         print(f"  {n}  {'   '.join(cells)}")
-    protocol = {"context": CONTEXT, "dtype": "float32", "rounds": args.rounds}
+    protocol = {"context": CONTEXT, "dtype": args.dtype, "rounds": args.rounds}
     measure.save(args, {"protocol": protocol, "ratios": ratios})
 
 

@@ -483,9 +483,11 @@ def test_a_target_alone_and_a_number_of_layers_are_a_pair(tmp_path, tokenizer, m
     assert printed.count(": done before") == 2 and "last loss" not in printed
 
 
-def test_a_draft_is_measured_as_it_is(tmp_path, tokenizer, make_model, capsys):
+def test_a_draft_is_measured_as_it_is(tmp_path, tokenizer, make_model, capsys, monkeypatch):
     """--methods none: nothing is written or trained, and the verdict and the command to try it are
-    those of the draft that was given."""
+    those of the draft that was given. Both models' weights are packed."""
+    models = []
+    monkeypatch.setattr(run_all, "pack_weights", models.append)
     sizes = (("llama", "llama"), ("T", "D"))
     target, draft = save_models(tmp_path, make_model, tokenizer, *sizes, paddings=(16, 32))
     (tmp_path / "rows" / "custom").mkdir(parents=True)
@@ -500,6 +502,7 @@ def test_a_draft_is_measured_as_it_is(tmp_path, tokenizer, make_model, capsys):
     rows = results_of(tmp_path / "out")["rows"]
     assert labels_of(rows) == [(0.5, "base")]
     assert (rows[0]["folder"], rows[0]["dtype"]) == ("D", "bfloat16")
+    assert len(models) == 2
     assert re.search(r"^base (may pay|pays|does not pay) on this machine", printed, re.MULTILINE)
     assert f"--draft {draft} " in printed.rstrip().split("\n")[-1]
 

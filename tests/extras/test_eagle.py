@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, OPTConfig
 import adaspec
 import models
 import ranks
+import speculative
 import stages
 import storage
 from adaspec import select_tokens, token_kl
@@ -188,6 +189,21 @@ def test_greedy_with_a_short_head_is_the_targets_own(short):
     logits = head(PROMPT, states, use_cache=False).logits
     assert logits[..., head.token_ids].isfinite().all()
     assert logits.isfinite().sum() == 5 * len(head.token_ids)
+
+
+@pytest.mark.skipif(not speculative.PACKED_PRODUCTS, reason="CPUs with AVX-512 only")
+def test_a_heads_output_head_is_packed_too(short, tmp_path):
+    """It is no module of the head's own."""
+    target = copy.deepcopy(short[0]).bfloat16()
+    short[1].save_pretrained(tmp_path)
+    head = Eagle.from_pretrained(tmp_path, target)
+    plain = speculative_generate(target, head, PROMPT, gamma=3, max_new_tokens=24)
+    speculative.pack_weights(head)
+    layers = [head.fuse, head.get_output_embeddings()]
+    assert all(hasattr(layer, "packed_weight") for layer in layers)
+    assert not hasattr(target.get_output_embeddings(), "packed_weight")
+    output = speculative_generate(target, head, PROMPT, gamma=3, max_new_tokens=24)
+    assert torch.equal(output.sequences, plain.sequences) and output.stats == plain.stats
 
 
 @pytest.mark.parametrize("name", ["neox", "llama"])
