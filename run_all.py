@@ -117,15 +117,21 @@ def evaluate_drafts(
 
 def measure_drafts(cell, target: Model, drafts: dict, load: Callable) -> list[dict]:
     """Load the models and evaluate them on the held-out rows."""
-    network = load(target.path, cell.dtype, cell.device)
-    networks = {label: load(draft.path, cell.dtype, cell.device) for label, draft in drafts.items()}
-    for model in (network, *networks.values()):
-        pack_weights(model)
+    network, networks = load_to_decode(cell, target, drafts, load)
     name = f"{cell.task} evaluation"
     rows = evaluate(
         network, networks, cell.test, cell.tokenizer, cell.settings, cell.seed, name, cell.ends
     )
     return from_rank_0(rows)  # rank 0's have the timings
+
+
+def load_to_decode(cell, target: Model, drafts: dict, load: Callable = load_model):
+    """The target's network and those of the drafts {label: network}, made ready to decode with."""
+    network = load(target.path, cell.dtype, cell.device)
+    networks = {label: load(draft.path, cell.dtype, cell.device) for label, draft in drafts.items()}
+    for model in (network, *networks.values()):
+        pack_weights(model)
+    return network, networks
 
 
 def evaluation_path(cell, label: str, target: Model, draft: Model) -> Path:

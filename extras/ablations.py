@@ -32,11 +32,16 @@ from cli import Parser, add_flags, flag, numbers, one_of, run_command, some_of, 
 from data import TASKS, load_rows, prompt_ids
 from evaluate import timings
 from extras.analysis import FinishedCell, cell_correlations
-from models import load_model
 from ranks import from_rank_0, leave, progress, rank, say
-from run_all import checked_cells, evaluate_drafts, evaluation_path, print_tables, run_cell
+from run_all import (
+    checked_cells,
+    evaluate_drafts,
+    evaluation_path,
+    load_to_decode,
+    print_tables,
+    run_cell,
+)
 from settings import METHODS, PAIRS, SOURCES, TINY_DRAFT, Method, Settings, parse_settings
-from speculative import pack_weights
 from stages import Plan, fit, training_cost
 from storage import Model
 from train import DECAYS, SELECTIONS, adaspec_step, distillation_step, fine_tuning_step
@@ -280,12 +285,7 @@ def add_speedups(cell: Cell, target: Model, drafts: dict, rows: list[dict]) -> N
     if all(list(row.get("speedup_by_gamma", {})) == list(map(str, gammas)) for row in rows):
         return
     prompts = [prompt_ids(e).to(cell.device)[None] for e in cell.test[: settings.timed_prompts]]
-    network = load_model(target.path, cell.dtype, cell.device)
-    networks = {}
-    for label, draft in drafts.items():
-        networks[label] = load_model(draft.path, cell.dtype, cell.device)
-    for model in (network, *networks.values()):
-        pack_weights(model)
+    network, networks = load_to_decode(cell, target, drafts)
     sampling = {"eos_token_id": cell.ends, "vocab_size": len(cell.tokenizer)}
     sampling["max_new_tokens"] = settings.max_new_tokens
     turns = len(settings.temperatures) * (len(gammas) - 1) * len(prompts)
