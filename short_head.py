@@ -34,7 +34,7 @@ class ShortHead(nn.Module):
         return logits.index_copy_(-1, self.token_ids, short_logits)
 
     def kept_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V'] of `token_ids` alone. `speculative.pack_weights` replaces this."""
+        """Logits [..., V'] of `token_ids` alone. On a CPU `speculative` replaces this."""
         return F.linear(hidden, self.weight, self.bias)
 
 

@@ -19,11 +19,14 @@ if __name__ == "__main__":
 import inspect
 import json
 import math
+import os
+import platform
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
 
@@ -39,13 +42,16 @@ LENIENCE = {
 }
 MIN_TEMPERATURE = 1e-30  # below it, logits / temperature overflow float32
 THIN_ROWS = 8  # tokens whose products with large matrices are formed by `thin_linear`
-# Where it gains: measured on an AMD CPU with AVX2; on an Intel one with AVX-512 it takes twice as
+CPU_INFO = Path("/proc/cpuinfo")  # on Linux
+CPU_NAME = CPU_INFO.read_text() if CPU_INFO.exists() else platform.processor()
+# Where it gains: measured on AMD CPUs with AVX2 and with AVX-512; on an Intel one it takes twice as
 # long as the layer itself (docs/decoding.md)
-THIN_PRODUCTS = torch.backends.cpu.get_cpu_capability() == "AVX2"
-# Where `pack_weights` gains: measured on an Intel CPU, the only one with AVX-512 that was tried
+THIN_PRODUCTS = "AuthenticAMD" in CPU_NAME
+# Where `pack_weights` gains: measured on an Intel and on an AMD CPU
 PACKED_PRODUCTS = (
     torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
+GROUPED_ATTENTION = "TRANSFORMERS_SDPA_FORCE_GQA"  # transformers' variable, read at every call
 LOGITS_PER_PASS = 2**26  # of one model, in expected_acceptance: 256 MB in float32, or one row's
 
 # What decoding counts and returns
@@ -326,51 +332,80 @@ def make_lane(model, *prompt) -> Lane:
 
 @contextmanager
 def inference(*models):
-    """Inference mode (a tenth faster than no_grad on small models) and evaluation mode; each
-    module's own mode is put back.
+    """Inference mode (a tenth faster than no_grad on small models) and evaluation mode, and what is
+    faster on a CPU; all is put back.
 
     Tensors made inside must not leave as they are: autograd refuses them later. The rotary tables
     that a model grows inside may stay, since training only reads them.
     """
     modules = {module for model in models for module in model.modules()}
     training = [module for module in modules if module.training]
-    thin = [module for module in modules if has_thin_products(module)]
+    layers = {layer for model in models for layer in linear_layers(model)}
+    thin = [(layer, method) for layer, method in layers if is_thin(layer)]
     for module in training:
         module.training = False
-    for module in thin:
+    for layer, method in thin:
         # a method, no partial: torch.compile knows it again at the next decoding
-        module.forward = MethodType(thin_linear, module)
+        setattr(layer, method, MethodType(thin_linear, layer))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), grouped_attention(models):
             yield
     finally:
         for module in training:
             module.training = True
-        for module in thin:
-            del module.forward
+        for layer, method in thin:
+            delattr(layer, method)
 
 
-def has_thin_products(module) -> bool:
-    """Whether `thin_linear` is the faster forward: for large matrices in float32 on a CPU of the
-    kind that gains. Not where a hook, or a surrounding `inference`, has given the layer a forward
-    of its own."""
-    if not THIN_PRODUCTS or type(module) is not torch.nn.Linear or "forward" in vars(module):
-        return False
-    weight = module.weight
-    return (weight.device.type, weight.dtype) == ("cpu", torch.float32) and weight.numel() > 2**17
+@contextmanager
+def grouped_attention(models):
+    """On a CPU, attention that reads the keys and values of a group of heads as they are, under a
+    mask too: transformers copies them for every head otherwise, which would be faster on a GPU."""
+    setting = os.environ.get(GROUPED_ATTENTION)
+    if all(model.get_output_embeddings().weight.device.type == "cpu" for model in models):
+        os.environ[GROUPED_ATTENTION] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(GROUPED_ATTENTION, None)
+        if setting is not None:
+            os.environ[GROUPED_ATTENTION] = setting
 
 
-def thin_linear(linear: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """linear(hidden), where hidden [..., d] has few rows as W @ x.T: so MKL with AVX2 reads the
-    weights once, where x @ W.T for 2 to 8 rows takes about twice as long as for one. It takes four
-    rows faster than three, and eight faster than seven: there a row of zeros is added."""
+def linear_layers(model) -> list[tuple[torch.nn.Module, str]]:
+    """The layers of a causal LM that form hidden @ weight.T, and the method of each that does
+    nothing else. Not where a hook, `pack_weights` or a surrounding `inference` has given the layer
+    a method of its own."""
+    layers = []
+    for module in {*model.modules(), model.get_output_embeddings()}:
+        # a short head's forward does more than the product
+        method = "forward" if type(module) is torch.nn.Linear else "kept_logits"
+        if hasattr(module, method) and method not in vars(module):
+            layers.append((module, method))
+    return layers
+
+
+def is_thin(layer) -> bool:
+    """Whether `thin_linear` is faster than the layer: a large matrix in float32 on a CPU that
+    gains."""
+    weight = layer.weight
+    kind = (weight.device.type, weight.dtype)
+    return THIN_PRODUCTS and kind == ("cpu", torch.float32) and weight.numel() > 2**17
+
+
+def thin_linear(layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """hidden @ weight.T + bias of a layer, where hidden [..., d] has few rows as W @ x.T: so MKL on
+    an AMD CPU reads the weights once, where x @ W.T takes up to twice as long for 2 to 8 rows. It
+    takes four rows faster than three, eight faster than seven, and two no slower than one (with
+    AVX-512 in 0.4 of the time): there a row of zeros is added."""
     rows = hidden.numel() // hidden.shape[-1]
-    if not 1 < rows <= THIN_ROWS:
-        return F.linear(hidden, linear.weight, linear.bias)
-    states = F.pad(hidden.reshape(rows, -1), (0, 0, 0, 1 if rows % 4 == 3 else 0))
-    output = (linear.weight @ states.t()).t()[:rows].contiguous()
-    if linear.bias is not None:
-        output += linear.bias
+    if not 1 <= rows <= THIN_ROWS:
+        return F.linear(hidden, layer.weight, layer.bias)
+    added = 1 if rows in (1, 3, 7) else 0
+    states = F.pad(hidden.reshape(rows, -1), (0, 0, 0, added))
+    output = (layer.weight @ states.t()).t()[:rows].contiguous()
+    if layer.bias is not None:
+        output += layer.bias
     return output.view(*hidden.shape[:-1], -1)
 
 
@@ -385,21 +420,17 @@ def pack_weights(model: torch.nn.Module) -> None:
     """
     if not PACKED_PRODUCTS:
         return
-    for module in {*model.modules(), model.get_output_embeddings()}:
-        # a short head's forward does more than the product
-        method = "forward" if type(module) is torch.nn.Linear else "kept_logits"
-        # not where a hook, or an earlier call, has given the layer another method
-        if hasattr(module, method) and method not in vars(module):
-            weight = module.weight.detach()
-            if (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16):
-                module.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-                setattr(module, method, MethodType(packed_linear, module))
+    for layer, method in linear_layers(model):
+        weight = layer.weight.detach()
+        if (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16):
+            layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+            setattr(layer, method, MethodType(packed_linear, layer))
 
 
-def packed_linear(linear: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def packed_linear(layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """hidden @ weight.T + bias, of a layer that `pack_weights` has given its second copy."""
     product = torch.ops.mkldnn._linear_pointwise
-    return product(hidden, linear.packed_weight, linear.bias, "none", [], "")
+    return product(hidden, layer.packed_weight, layer.bias, "none", [], "")
 
 
 # Arguments
