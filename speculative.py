@@ -41,16 +41,15 @@ LENIENCE = {
     "exp": lambda p, epsilon: p**epsilon,
 }
 MIN_TEMPERATURE = 1e-30  # below it, logits / temperature overflow float32
-THIN_ROWS = 8  # tokens whose products with large matrices are formed by `thin_linear`
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 CPU_INFO = Path("/proc/cpuinfo")  # on Linux
 CPU_NAME = CPU_INFO.read_text() if CPU_INFO.exists() else platform.processor()
 # Where it gains: measured on AMD CPUs with AVX2 and with AVX-512; on an Intel one it takes twice as
 # long as the layer itself (docs/decoding.md)
 THIN_PRODUCTS = "AuthenticAMD" in CPU_NAME
+THIN_ROWS = range(1 if HAS_AVX512 else 2, 9)  # how many rows make a product thin
 # Where `pack_weights` gains: measured on an Intel and on an AMD CPU
-PACKED_PRODUCTS = (
-    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
+PACKED_PRODUCTS = HAS_AVX512 and torch.backends.mkldnn.is_available()
 GROUPED_ATTENTION = "TRANSFORMERS_SDPA_FORCE_GQA"  # transformers' variable, read at every call
 LOGITS_PER_PASS = 2**26  # of one model, in expected_acceptance: 256 MB in float32, or one row's
 
@@ -396,10 +395,10 @@ def is_thin(layer) -> bool:
 def thin_linear(layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """hidden @ weight.T + bias of a layer, where hidden [..., d] has few rows as W @ x.T: so MKL on
     an AMD CPU reads the weights once, where x @ W.T takes up to twice as long for 2 to 8 rows. It
-    takes four rows faster than three, eight faster than seven, and two no slower than one (with
-    AVX-512 in 0.4 of the time): there a row of zeros is added."""
+    takes four rows faster than three, eight than seven, and with AVX-512 two than one: there a row
+    of zeros is added."""
     rows = hidden.numel() // hidden.shape[-1]
-    if not 1 <= rows <= THIN_ROWS:
+    if rows not in THIN_ROWS:
         return F.linear(hidden, layer.weight, layer.bias)
     added = 1 if rows in (1, 3, 7) else 0
     states = F.pad(hidden.reshape(rows, -1), (0, 0, 0, added))

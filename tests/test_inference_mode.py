@@ -47,6 +47,7 @@ def test_what_comes_out_may_be_used_under_autograd(architecture, make_model):
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_of_few_rows_are_the_layers_own(bias, monkeypatch):
     monkeypatch.setattr(speculative, "THIN_PRODUCTS", True)
+    monkeypatch.setattr(speculative, "THIN_ROWS", range(1, 9))
     linear = torch.nn.Linear(300, 512, bias=bias)
     assert speculative.is_thin(linear)
     assert not speculative.is_thin(torch.nn.Linear(300, 400))
