@@ -266,7 +266,8 @@ class Lane:
             # Clamped, since a row near its end is fed drafts that only other rows can use
             positions.clamp_(0, self.last_position)
             inputs = {"attention_mask": self.mask, "position_ids": positions}
-        return self.call(tokens, keep, **inputs)[:, -keep:, : self.vocab_size]
+        with grouped_attention(tokens):
+            return self.call(tokens, keep, **inputs)[:, -keep:, : self.vocab_size]
 
     def call(self, tokens: torch.Tensor, keep: int, **inputs) -> torch.Tensor:
         """The model's logits [B, >= keep, >= V]."""
@@ -331,8 +332,8 @@ def make_lane(model, *prompt) -> Lane:
 
 @contextmanager
 def inference(*models):
-    """Inference mode (a tenth faster than no_grad on small models) and evaluation mode, and what is
-    faster on a CPU; all is put back.
+    """Inference mode (a tenth faster than no_grad on small models) and evaluation mode, and thin
+    products where they are faster; all is put back.
 
     Tensors made inside must not leave as they are: autograd refuses them later. The rotary tables
     that a model grows inside may stay, since training only reads them.
@@ -347,7 +348,7 @@ def inference(*models):
         # a method, no partial: torch.compile knows it again at the next decoding
         setattr(layer, method, MethodType(thin_linear, layer))
     try:
-        with torch.inference_mode(), grouped_attention(models):
+        with torch.inference_mode():
             yield
     finally:
         for module in training:
@@ -357,11 +358,12 @@ def inference(*models):
 
 
 @contextmanager
-def grouped_attention(models):
-    """On a CPU, attention that reads the keys and values of a group of heads as they are, under a
-    mask too: transformers copies them for every head otherwise, which would be faster on a GPU."""
+def grouped_attention(tokens: torch.Tensor):
+    """On a CPU, for several tokens a row, [B, n]: attention reads the keys and values of a group of
+    heads as they are. Under a mask transformers copies them for every head, which is faster on a
+    GPU; for one token a row it has a way that is faster still."""
     setting = os.environ.get(GROUPED_ATTENTION)
-    if all(model.get_output_embeddings().weight.device.type == "cpu" for model in models):
+    if tokens.device.type == "cpu" and tokens.shape[1] > 1:
         os.environ[GROUPED_ATTENTION] = "1"
     try:
         yield

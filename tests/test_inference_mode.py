@@ -100,7 +100,7 @@ def test_grouped_keys_are_not_copied_on_a_cpu(setting, monkeypatch):
     mask[0, :2] = 0
     output = speculative_generate(target, noised(target), ids, mask, max_new_tokens=24, gamma=3)
     assert not copies and os.environ.get(speculative.GROUPED_ATTENTION) == setting
-    monkeypatch.setattr(speculative, "grouped_attention", lambda models: nullcontext())
+    monkeypatch.setattr(speculative, "grouped_attention", lambda tokens: nullcontext())
     plain = speculative_generate(target, noised(target), ids, mask, max_new_tokens=24, gamma=3)
     assert copies and torch.equal(output.sequences, plain.sequences)
 
