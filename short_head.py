@@ -34,7 +34,7 @@ class ShortHead(nn.Module):
         return logits.index_copy_(-1, self.token_ids, short_logits)
 
     def kept_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V'] of `token_ids` alone. On a CPU `speculative` replaces this."""
+        """Logits [..., V'] of `token_ids` alone. speculative.py may replace this on a CPU."""
         return F.linear(hidden, self.weight, self.bias)
 
 

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 import inspect
 import json
 import math
-import os
 import platform
 import time
 from contextlib import contextmanager
@@ -42,15 +41,8 @@ LENIENCE = {
 }
 MIN_TEMPERATURE = 1e-30  # below it, logits / temperature overflow float32
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-CPU_INFO = Path("/proc/cpuinfo")  # on Linux
-CPU_NAME = CPU_INFO.read_text() if CPU_INFO.exists() else platform.processor()
-# Where it gains: measured on AMD CPUs with AVX2 and with AVX-512; on an Intel one it takes twice as
-# long as the layer itself (docs/decoding.md)
-THIN_PRODUCTS = "AuthenticAMD" in CPU_NAME
-THIN_ROWS = range(1 if HAS_AVX512 else 2, 9)  # how many rows make a product thin
 # Where `pack_weights` gains: measured on an Intel and on an AMD CPU
 PACKED_PRODUCTS = HAS_AVX512 and torch.backends.mkldnn.is_available()
-GROUPED_ATTENTION = "TRANSFORMERS_SDPA_FORCE_GQA"  # transformers' variable, read at every call
 LOGITS_PER_PASS = 2**26  # of one model, in expected_acceptance: 256 MB in float32, or one row's
 
 # What decoding counts and returns
@@ -226,6 +218,7 @@ class Lane:
         lanes(target, input_ids, mask, vocab_size, last_position) -> (the target's lane, its own)
         tree_lanes(target, input_ids, vocab_size)  # the same, for extras/tree.py
         extra_inputs(target, input_ids) -> dict  # its forward's further arguments, of a whole text
+        get_output_embeddings()  # as transformers' models have
 
     Its lanes are subclasses of Lane that hand on hidden states in `call` and `advance`, and are not
     `ready` as long as the draft must wait for a first, plain target call.
@@ -266,8 +259,7 @@ class Lane:
             # Clamped, since a row near its end is fed drafts that only other rows can use
             positions.clamp_(0, self.last_position)
             inputs = {"attention_mask": self.mask, "position_ids": positions}
-        with grouped_attention(tokens):
-            return self.call(tokens, keep, **inputs)[:, -keep:, : self.vocab_size]
+        return self.call(tokens, keep, **inputs)[:, -keep:, : self.vocab_size]
 
     def call(self, tokens: torch.Tensor, keep: int, **inputs) -> torch.Tensor:
         """The model's logits [B, >= keep, >= V]."""
@@ -340,8 +332,9 @@ def inference(*models):
     """
     modules = {module for model in models for module in model.modules()}
     training = [module for module in modules if module.training]
-    layers = {layer for model in models for layer in linear_layers(model)}
-    thin = [(layer, method) for layer, method in layers if is_thin(layer)]
+    # a set, since an EAGLE head shares its target's output head
+    products = {product for model in models for product in linear_products(model)}
+    thin = [(layer, method) for layer, method in products if has_thin_products(layer)]
     for module in training:
         module.training = False
     for layer, method in thin:
@@ -357,36 +350,34 @@ def inference(*models):
             delattr(layer, method)
 
 
-@contextmanager
-def grouped_attention(tokens: torch.Tensor):
-    """On a CPU, for several tokens a row, [B, n]: attention reads the keys and values of a group of
-    heads as they are. Under a mask transformers copies them for every head, which is faster on a
-    GPU; for one token a row it has a way that is faster still."""
-    setting = os.environ.get(GROUPED_ATTENTION)
-    if tokens.device.type == "cpu" and tokens.shape[1] > 1:
-        os.environ[GROUPED_ATTENTION] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(GROUPED_ATTENTION, None)
-        if setting is not None:
-            os.environ[GROUPED_ATTENTION] = setting
-
-
-def linear_layers(model) -> list[tuple[torch.nn.Module, str]]:
-    """The layers of a causal LM that form hidden @ weight.T, and the method of each that does
-    nothing else. Not where a hook, `pack_weights` or a surrounding `inference` has given the layer
-    a method of its own."""
-    layers = []
+def linear_products(model) -> list[tuple[torch.nn.Module, str]]:
+    """Where a causal LM forms hidden @ weight.T: the layer, and its method that does this alone.
+    Not where a hook, `pack_weights` or a surrounding `inference` has replaced the method."""
+    products = []
     for module in {*model.modules(), model.get_output_embeddings()}:
         # a short head's forward does more than the product
         method = "forward" if type(module) is torch.nn.Linear else "kept_logits"
         if hasattr(module, method) and method not in vars(module):
-            layers.append((module, method))
-    return layers
+            products.append((module, method))
+    return products
 
 
-def is_thin(layer) -> bool:
+def on_amd_cpu() -> bool:
+    try:
+        description = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not on Linux
+        description = platform.processor()
+    return "AuthenticAMD" in description
+
+
+# Where `thin_linear` gains: measured on two AMD CPUs, with AVX2 and with AVX-512; on an Intel one
+# it takes twice as long as the layer itself (docs/decoding.md)
+THIN_PRODUCTS = on_amd_cpu() and torch.backends.mkl.is_available()
+FEWEST_THIN_ROWS = 1 if HAS_AVX512 else 2
+MOST_THIN_ROWS = 8
+
+
+def has_thin_products(layer) -> bool:
     """Whether `thin_linear` is faster than the layer: a large matrix in float32 on a CPU that
     gains."""
     weight = layer.weight
@@ -396,11 +387,12 @@ def is_thin(layer) -> bool:
 
 def thin_linear(layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """hidden @ weight.T + bias of a layer, where hidden [..., d] has few rows as W @ x.T: so MKL on
-    an AMD CPU reads the weights once, where x @ W.T takes up to twice as long for 2 to 8 rows. It
-    takes four rows faster than three, eight than seven, and with AVX-512 two than one: there a row
-    of zeros is added."""
+    an AMD CPU reads the weights once, where x @ W.T takes up to twice as long for 2 to 8 rows.
+
+    Three and seven rows get a row of zeros, since four and eight go faster; so does one row where
+    there is AVX-512."""
     rows = hidden.numel() // hidden.shape[-1]
-    if rows not in THIN_ROWS:
+    if not FEWEST_THIN_ROWS <= rows <= MOST_THIN_ROWS:
         return F.linear(hidden, layer.weight, layer.bias)
     added = 1 if rows in (1, 3, 7) else 0
     states = F.pad(hidden.reshape(rows, -1), (0, 0, 0, added))
@@ -421,7 +413,7 @@ def pack_weights(model: torch.nn.Module) -> None:
     """
     if not PACKED_PRODUCTS:
         return
-    for layer, method in linear_layers(model):
+    for layer, method in linear_products(model):
         weight = layer.weight.detach()
         if (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16):
             layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)

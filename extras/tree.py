@@ -44,7 +44,6 @@ from speculative import (
     distribution,
     draw,
     end_token_list,
-    grouped_attention,
     inference,
     shared_vocabulary,
     speculative_generate,
@@ -81,8 +80,7 @@ class TreeLane(Lane):
         position = visible.sum(-1) - 1  # a token that sees n others stands at position n
         tokens = torch.as_tensor(tokens, device=self.device)[None]
         inputs = {"attention_mask": mask[None, None], "position_ids": position[None]}
-        with grouped_attention(tokens):
-            return self.call(tokens, keep, **inputs)[0, -keep:, : self.vocab_size]
+        return self.call(tokens, keep, **inputs)[0, -keep:, : self.vocab_size]
 
     def descend(self, parents: torch.Tensor) -> None:
         """Before a level is fed: which of the nodes fed last are its parents, [n]. For an EAGLE

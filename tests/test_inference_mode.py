@@ -2,12 +2,9 @@
 a CPU gives what the layers give."""
 
 import copy
-import os
-from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers.integrations import sdpa_attention
 
 import speculative
 from short_head import ShortHead, shorten_head
@@ -47,11 +44,11 @@ def test_what_comes_out_may_be_used_under_autograd(architecture, make_model):
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_of_few_rows_are_the_layers_own(bias, monkeypatch):
     monkeypatch.setattr(speculative, "THIN_PRODUCTS", True)
-    monkeypatch.setattr(speculative, "THIN_ROWS", range(1, 9))
+    monkeypatch.setattr(speculative, "FEWEST_THIN_ROWS", 1)
     linear = torch.nn.Linear(300, 512, bias=bias)
-    assert speculative.is_thin(linear)
-    assert not speculative.is_thin(torch.nn.Linear(300, 400))
-    assert not speculative.is_thin(copy.deepcopy(linear).bfloat16())
+    assert speculative.has_thin_products(linear)
+    assert not speculative.has_thin_products(torch.nn.Linear(300, 400))
+    assert not speculative.has_thin_products(copy.deepcopy(linear).bfloat16())
     shapes = ((1, 1, 300), (1, 2, 300), (1, 3, 300), (7, 300), (2, 4, 300), (8, 300), (3, 3, 300))
     for shape in shapes:
         hidden = torch.randn(shape)
@@ -65,6 +62,7 @@ def test_thin_products_are_formed_only_on_a_cpu_that_gains(gains, monkeypatch):
     """Of both models, the short head's product too; to the same tokens, and the models are left as
     they were."""
     monkeypatch.setattr(speculative, "THIN_PRODUCTS", gains)
+    monkeypatch.setattr(speculative, "FEWEST_THIN_ROWS", 1)
     target = build("llama", vocab=800, hidden=352)
     draft = shorten_head(noised(target, 0.05), torch.arange(0, 800, 2))
     ids = torch.arange(6)[None]
@@ -81,28 +79,6 @@ def test_thin_products_are_formed_only_on_a_cpu_that_gains(gains, monkeypatch):
     monkeypatch.setattr(speculative, "THIN_PRODUCTS", False)
     plain = speculative_generate(target, draft, ids, max_new_tokens=24, gamma=3)
     assert torch.equal(output.sequences, plain.sequences) and output.stats == plain.stats
-
-
-@pytest.mark.parametrize("setting", [None, "0"])
-def test_grouped_keys_are_not_copied_on_a_cpu(setting, monkeypatch):
-    """For every head; and the variable that says so is put back."""
-    if setting is not None:
-        monkeypatch.setenv(speculative.GROUPED_ATTENTION, setting)
-    target = build("llama")
-    assert target.config.num_key_value_heads < target.config.num_attention_heads
-    copies = []
-    repeat = sdpa_attention.repeat_kv
-    monkeypatch.setattr(
-        sdpa_attention, "repeat_kv", lambda keys, n: copies.append(n) or repeat(keys, n)
-    )
-    ids = torch.arange(12).view(2, 6)
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    output = speculative_generate(target, noised(target), ids, mask, max_new_tokens=24, gamma=3)
-    assert not copies and os.environ.get(speculative.GROUPED_ATTENTION) == setting
-    monkeypatch.setattr(speculative, "grouped_attention", lambda tokens: nullcontext())
-    plain = speculative_generate(target, noised(target), ids, mask, max_new_tokens=24, gamma=3)
-    assert copies and torch.equal(output.sequences, plain.sequences)
 
 
 needs_avx512 = pytest.mark.skipif(

@@ -206,6 +206,22 @@ def test_a_heads_output_head_is_packed_too(short, tmp_path):
     assert torch.equal(output.sequences, plain.sequences) and output.stats == plain.stats
 
 
+@pytest.mark.parametrize("is_short", [False, True])
+def test_a_heads_products_are_thin_too(heads, short, is_short, monkeypatch):
+    """Those of its output head, also where that is its target's; and all is put back."""
+    target, head = short if is_short else heads["llama"]
+    plain = speculative_generate(target, head, PROMPT, gamma=3, max_new_tokens=24)
+    layers = set()
+    thin = speculative.thin_linear
+    monkeypatch.setattr(speculative, "has_thin_products", lambda layer: True)
+    monkeypatch.setattr(speculative, "FEWEST_THIN_ROWS", 1)
+    monkeypatch.setattr(speculative, "thin_linear", lambda m, x: layers.add(m) or thin(m, x))
+    output = speculative_generate(target, head, PROMPT, gamma=3, max_new_tokens=24)
+    assert {head.fuse, head.get_output_embeddings()} <= layers
+    assert not any({"forward", "kept_logits"} & vars(layer).keys() for layer in layers)
+    assert torch.equal(output.sequences, plain.sequences) and output.stats == plain.stats
+
+
 @pytest.mark.parametrize("name", ["neox", "llama"])
 def test_every_node_of_a_tree_is_drafted_from_its_parents_guess(heads, monkeypatch, name):
     target, head = heads[name]
