@@ -99,10 +99,12 @@ COLUMNS = {  # of a study's table, after alpha: key of a row -> heading, number 
     "loss_correlation": ("loss correlation", ".3f"),
 }
 FEWEST_TIMED = 10  # prompts, of a speed-up that is shown
-EAGLE_COLUMNS = {  # of EAGLE's: key of a row -> heading, digits after the point
+EAGLE_COLUMNS = {  # of EAGLE's table: key of a row -> heading, digits after the point
     "accuracy": ("training accuracy", 3),
     "alpha": ("alpha", 3),
     "tau": ("tau", 3),
+}
+EAGLE_SPEEDS = {  # its further columns, where enough prompts were timed
     "tokens_per_second": ("tokens per second", 0),
     "speedup": ("speed-up", 3),
     "seconds_per_response": ("seconds per response", 3),
@@ -173,20 +175,24 @@ def eagle_table(rows: list[dict]) -> str:
             drafts.setdefault(row["draft"], {})[row["seed"]] = row
     if not cells:
         return ""
+    timed = min(row.get("timed_prompts", 0) for row in rows) >= FEWEST_TIMED
+    columns = EAGLE_COLUMNS | EAGLE_SPEEDS if timed else EAGLE_COLUMNS
     lines = []
     for cell, drafts in cells.items():
         for draft, by_seed in drafts.items():
-            means = [mean.replace("+", "") for mean in eagle_means(list(by_seed.values()))]
+            means = eagle_means(list(by_seed.values()), columns)
+            means = [mean.replace("+", "") for mean in means]
             lines.append(" | ".join([*map(str, cell), draft, *means]))
             baseline = drafts.get("EAGLE", {})
             seeds = [seed for seed in by_seed if seed in baseline]
             if draft != "EAGLE" and seeds:
                 gained = [
-                    {key: by_seed[seed][key] - baseline[seed][key] for key in EAGLE_COLUMNS}
+                    {key: by_seed[seed][key] - baseline[seed][key] for key in columns}
                     for seed in seeds
                 ]
-                lines.append(" | ".join([*map(str, cell), "over EAGLE", *eagle_means(gained)]))
-    headings = ["task", "pair", "T", "draft", *(heading for heading, _ in EAGLE_COLUMNS.values())]
+                gains_of_cell = eagle_means(gained, columns)
+                lines.append(" | ".join([*map(str, cell), "over EAGLE", *gains_of_cell]))
+    headings = ["task", "pair", "T", "draft", *(heading for heading, _ in columns.values())]
     note = (
         f"\nMeans over {len(distinct(rows, 'seed'))} seeds (95% interval of the mean over seeds, "
         "Student's t); training accuracy:\nthe share of the training rows' response tokens where "
@@ -195,9 +201,9 @@ def eagle_table(rows: list[dict]) -> str:
     return "\n".join([note, *grid(" | ".join(headings), lines)])
 
 
-def eagle_means(rows: list[dict]) -> list[str]:
+def eagle_means(rows: list[dict], columns: dict) -> list[str]:
     means = []
-    for key, (_, digits) in EAGLE_COLUMNS.items():
+    for key, (_, digits) in columns.items():
         means.append(interval([row[key] for row in rows], digits))
     return means
 

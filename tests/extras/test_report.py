@@ -107,17 +107,21 @@ def test_protocol_says_the_conditions():
     )
 
 
-def test_eagle_table_gains_seed_by_seed():
-    """Accuracies 0.60, 0.70 and 0.61, 0.72: gains 0.01 and 0.02, so 0.015 +- 12.706 x 0.005."""
+@pytest.mark.parametrize(("prompts", "has_speeds"), [(10, True), (9, False)])
+def test_eagle_table_gains_seed_by_seed(prompts, has_speeds):
+    """Accuracies 0.60, 0.70 and 0.61, 0.72: gains 0.01 and 0.02, so 0.015 +- 12.706 x 0.005. Speeds
+    are shown where enough prompts were timed."""
     rows = []
     for draft, accuracies in {"EAGLE": [0.60, 0.70], "EAGLE + AdaSPEC": [0.61, 0.72]}.items():
         for seed, accuracy in enumerate(accuracies):
             row = {"task": "gsm8k", "pair": "e", "temperature": 0.0, "draft": draft, "seed": seed}
             row |= {"accuracy": accuracy, "alpha": 0.5, "tau": 2.0, "speedup": 1.0}
+            row["timed_prompts"] = prompts
             rows.append(row | {"tokens_per_second": 100.0, "seconds_per_response": 0.5})
     text = report.eagle_table(rows)
     assert "| gsm8k | e | 0.0 | over EAGLE | +0.015 (-0.049 to +0.079) | +0.000 (" in text
     assert "| gsm8k | e | 0.0 | EAGLE | 0.650 (" in text and "2 seeds" in text
+    assert ("speed-up" in text) is has_speeds
     assert report.eagle_table([{"draft": "AdaSPEC"}]) == ""
 
 
