@@ -99,8 +99,9 @@ class Stats:
         self.never_judged += max(0, usable - accepted - 1)
         self.target_calls += 1
         self.generated += len(new)
-        by_position = ([1] * accepted + [0] * rejected, [1] * (accepted + rejected))
-        self.per_position = _add_lists(self.per_position, by_position)
+        if usable:
+            by_position = ([1] * accepted + [0] * rejected, [1] * (accepted + rejected))
+            self.per_position = _add_lists(self.per_position, by_position)
 
     def check(self) -> None:
         """Raises AssertionError unless the counts, each of them counted on its own, add up."""

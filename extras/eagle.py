@@ -31,6 +31,7 @@ import interrupt  # noqa: F401 -- first: it makes Ctrl-C during the other import
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import storage
@@ -118,6 +120,7 @@ class Eagle(nn.Module):
                 f"{name} takes no position_ids; an EAGLE head needs a target that does"
             )
         self.noise = noise
+        self.depth = 1  # drafts in a row that training makes, see `unroll`
         self.teacher: TargetStates | None = None  # in training: whose states it reads
         self.config = copy.deepcopy(target.config)
         self.config.num_hidden_layers = 1
@@ -139,6 +142,12 @@ class Eagle(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.frozen[1]
 
+    def _apply(self, *args, **kwargs):
+        """Moves and casts a short output head too, which is not the target's own."""
+        if self.token_ids is not None:
+            self.frozen[1]._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
     @property
     def token_ids(self) -> Tensor | None:
         """[V'], those that a short output head is of."""
@@ -151,8 +160,6 @@ class Eagle(nn.Module):
     def hidden(self, input_ids: Tensor, states: Tensor, **inputs) -> Tensor:
         """The guesses [B, T, d] of the target's state at tokens [B, T], from its states before them
         [B, T, d]."""
-        if self.training and self.noise:
-            states = states + self.noise * (2 * torch.rand_like(states) - 1)
         tokens = self.frozen[0](input_ids)
         fused = self.fuse(torch.cat([tokens, states.to(tokens)], -1))
         return self.trunk(inputs_embeds=fused, **inputs).last_hidden_state
@@ -168,10 +175,30 @@ class Eagle(nn.Module):
         return CausalLMOutputWithPast(logits=self.frozen[1](hidden), hidden_states=(hidden,))
 
     def response_states(self, batch: Batch) -> Tensor:
-        """For training (head.py): the guesses [N, d] where they predict response tokens."""
+        """For training (head.py): the guesses [N, d] where they predict response tokens; in
+        training `depth` times as many, one depth after the other."""
         states = previous_states(self.teacher.all_states(batch))
-        hidden = self.hidden(batch.input_ids, states, use_cache=False)
-        return hidden.flatten(0, 1).index_select(0, batch.index)
+        if self.training and self.noise:
+            states = states + self.noise * (2 * torch.rand_like(states) - 1)
+        guesses = self.unroll(batch.input_ids, states, self.depth if self.training else 1)
+        return torch.cat([each.flatten(0, 1).index_select(0, batch.index) for each in guesses])
+
+    def unroll(self, input_ids: Tensor, states: Tensor, depth: int) -> list[Tensor]:
+        """The guesses [B, T, d] from the target's states, those from these guesses, and so on: what
+        the 1st, 2nd, ... draft of a round is made from, at every token at once (HASS, arXiv
+        2408.15766; the training-time test of EAGLE-3, arXiv 2503.01840)."""
+        if depth == 1:
+            return [self.hidden(input_ids, states, use_cache=False)]
+        n = input_ids.shape[1]
+        positions = torch.arange(n, device=input_ids.device)[None]
+        cache = DynamicCache()
+        guesses = []
+        for level in range(depth):
+            mask = unrolled_mask(n, level, states)
+            inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+            guesses.append(self.hidden(input_ids, states, use_cache=True, **inputs))
+            states = previous_states(guesses[-1])
+        return guesses
 
     # Decoding and evaluation: how a draft that is no language model takes part (speculative.Lane)
 
@@ -231,6 +258,17 @@ class Eagle(nn.Module):
             ) from error
         weight = head.frozen[0].weight
         return head.to(device=weight.device, dtype=weight.dtype).eval()
+
+
+def unrolled_mask(n: int, level: int, like: Tensor) -> Tensor:
+    """What the guesses of n tokens at a level from 0 see, additive [1, 1, n, (level + 1) n], in the
+    dtype of `like`: what a draft sees. Of the level itself their own token, of the levels before
+    the token one, two, ... before it, and of level 0 all that is left."""
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    visible = [distance >= level]
+    visible += [distance == level - other for other in range(1, level + 1)]
+    mask = torch.zeros(n, n * (level + 1)).masked_fill(~torch.cat(visible, 1), -math.inf)
+    return mask.to(like)[None, None]
 
 
 def remove_norms(trunk: nn.Module) -> None:
@@ -314,7 +352,7 @@ class HeadValidation(Validation):
 def eagle_step(student, batch: Batch, target: TargetStates):
     """EAGLE: both of its losses on every response token."""
     hidden = student.hidden(batch)
-    rows = torch.arange(len(hidden), device=hidden.device)
+    rows = torch.arange(len(batch.index), device=hidden.device)
     return eagle_loss(student, hidden, batch, target, rows), len(rows)
 
 
@@ -322,7 +360,8 @@ def eagle_adaspec_step(student, batch: Batch, target: TargetStates, reference, m
     """EAGLE + AdaSPEC: both losses on the top k of the tokens by KL(p || q) - KL(p || q_ref), over
     all ranks; the same filter as in `train.adaspec_step`."""
     hidden = student.hidden(batch)
-    draft_losses = student.head.token_losses(hidden, *token_loss("fkl", target, batch))
+    first_draft = hidden[: len(batch.index)]
+    draft_losses = student.head.token_losses(first_draft, *token_loss("fkl", target, batch))
     gap = draft_losses - reference.losses(batch)
     all_gaps, own = gather_gaps(gap)
     selected = select_tokens(all_gaps, method.k)[own]
@@ -332,14 +371,19 @@ def eagle_adaspec_step(student, batch: Batch, target: TargetStates, reference, m
 
 
 def eagle_loss(student, hidden: Tensor, batch: Batch, target: TargetStates, rows: Tensor) -> Tensor:
-    """Summed over `rows`: smooth L1 to the target's state, and 0.1 KL(p || q) to its distribution.
+    """Summed over `rows`: smooth L1 to the target's state, and 0.1 KL(p || q) to its distribution;
+    the mean over the depths of `hidden` [depth N, d].
 
     (The official code has cross-entropy to p in KL's place: the same gradient.)
     """
     states = target.hidden(batch)
-    distances = F.smooth_l1_loss(hidden[rows].float(), states[rows].float(), reduction="none")
-    divergence = student.head.loss(hidden, *token_loss("fkl", target, batch), rows)
-    return STATE_WEIGHT * distances.mean(-1).sum() + TOKEN_WEIGHT * divergence
+    signal = token_loss("fkl", target, batch)
+    losses = []
+    for guesses in hidden.split(len(states)):
+        distances = F.smooth_l1_loss(guesses[rows].float(), states[rows].float(), reduction="none")
+        divergence = student.head.loss(guesses, *signal, rows)
+        losses.append(STATE_WEIGHT * distances.mean(-1).sum() + TOKEN_WEIGHT * divergence)
+    return sum(losses) / len(losses)
 
 
 @torch.no_grad()
@@ -553,6 +597,8 @@ def head_label(method: Method) -> str:
 def head_plan(cell: Cell, method: Method, target: Model) -> Plan:
     plan = draft_plan(cell, method, target, target)
     init = {"kind": "EAGLE head", "weights of losses": [STATE_WEIGHT, TOKEN_WEIGHT]}
+    if cell.settings.depth > 1:
+        init["depth"] = cell.settings.depth
     if cell.settings.draft_vocab:
         token_ids = frequent_tokens(plan.examples, cell.settings.draft_vocab, cell.ends)
         init["token_ids"] = token_ids.tolist()
@@ -606,7 +652,9 @@ def new_head(cell: Cell, plan: Plan, target: Model) -> Eagle:
     token = torch.zeros(1, 1, dtype=torch.long, device=cell.device)
     with torch.no_grad():
         TargetLane(network, token).forward(token)  # can its states be read?
-    return Eagle(network, token_ids=short_head_ids(plan)).to(cell.device)
+    head = Eagle(network, token_ids=short_head_ids(plan)).to(cell.device)
+    head.depth = cell.settings.depth
+    return head
 
 
 def open_reference(
@@ -637,6 +685,11 @@ class EagleSettings(StudySettings):
     heads: bool = True
     head: str | None = flag(
         None, str, "measure the head in this folder on --target as it is: trains none", "grid"
+    )
+    depth: int = flag(
+        1,
+        whole(),
+        "drafts in a row that a head is trained to make: from the second on from its own guesses",
     )
     draft: str | None = None
     draft_layers: int | None = None

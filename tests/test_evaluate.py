@@ -83,7 +83,7 @@ def test_counts_are_those_of_decoding_one_by_one(rows, pair, examples, decoding)
 
 
 def test_tau_by_gamma_is_that_of_decoding(rows, pair, examples, decoding):
-    greedy, sampled = rows
+    greedy, _ = rows
     assert list(greedy["tau_by_gamma"]) == [str(n) for n in range(1, 11)]
     for gamma in (1, 4, 10):
         prompts = [prompt_ids(example)[None].to(pair[0].device) for example in examples[:6]]
@@ -91,7 +91,13 @@ def test_tau_by_gamma_is_that_of_decoding(rows, pair, examples, decoding):
         stats = [output.stats for output in outputs]
         tau = sum(s.generated for s in stats) / sum(s.target_calls for s in stats)
         assert greedy["tau_by_gamma"][str(gamma)] == pytest.approx(tau, rel=1e-12)
-    assert sampled["tau_by_gamma"]["4"] == pytest.approx(sampled["tau"], rel=0.25)
+
+
+def test_tau_by_gamma_of_sampled_text_is_about_that_of_decoding(pair, examples, tokenizer, untimed):
+    """Other texts of the same models. In twelve seeds the ratio had a standard deviation of 0.05: a
+    false alarm of 1 in 10,000."""
+    _, sampled = rows_of(pair, examples[:24], tokenizer)
+    assert sampled["tau_by_gamma"]["4"] == pytest.approx(sampled["tau"], rel=0.2)
 
 
 def test_expected_acceptance_is_that_on_the_targets_own_text(

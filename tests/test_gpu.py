@@ -85,7 +85,7 @@ def pair(make_model):
     return target, noisy(target, 0.05)
 
 
-def test_the_evaluators_numbers_are_those_of_decoding(pair, examples, tokenizer):
+def test_the_evaluators_numbers_are_those_of_decoding(pair, examples, tokenizer, monkeypatch):
     """alpha, tau and tau by gamma against decoding one by one, and expected acceptance against
     plain softmax on the text that the target writes."""
     end = {"eos_token_id": tokenizer.eos_token_id, "vocab_size": len(tokenizer)}
@@ -95,6 +95,10 @@ def test_the_evaluators_numbers_are_those_of_decoding(pair, examples, tokenizer)
     test_evaluate.test_tau_by_gamma_is_that_of_decoding(rows, pair, examples, decoding)
     test_evaluate.test_expected_acceptance_is_that_on_the_targets_own_text(
         rows, pair, examples, tokenizer, decoding
+    )
+    monkeypatch.setattr(test_evaluate.module, "timings", lambda *arguments: ({}, {}))
+    test_evaluate.test_tau_by_gamma_of_sampled_text_is_about_that_of_decoding(
+        pair, examples, tokenizer, None
     )
 
 

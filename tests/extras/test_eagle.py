@@ -33,6 +33,7 @@ from extras.eagle import (
     HeadValidation,
     TargetStates,
     eagle_adaspec_step,
+    eagle_loss,
     eagle_step,
     given_head,
     run_heads,
@@ -43,7 +44,7 @@ from head import Head
 from settings import Method, Pair
 from speculative import Stats, autoregressive_generate, expected_acceptance, speculative_generate
 from storage import Checkpoints, Model
-from teacher import Frozen, ReferenceLoss, TokenCache
+from teacher import Frozen, ReferenceLoss, TokenCache, token_loss
 from tests.sampling import ARCHITECTURES, build, chi_square, enumerate_texts, same_counts
 from train import Student, train
 
@@ -192,6 +193,15 @@ def test_greedy_with_a_short_head_is_the_targets_own(short):
 
 
 @pytest.mark.skipif(not speculative.PACKED_PRODUCTS, reason="CPUs with AVX-512 only")
+def test_a_short_output_head_goes_where_the_head_goes(short):
+    """It is a copy, and no submodule; the target's embedding is neither copied nor touched."""
+    target, head = copy.deepcopy(short)
+    head.to(torch.float64)
+    assert head.frozen[1].weight.dtype == head.dtype == torch.float64
+    assert head.frozen[0] is target.get_input_embeddings()
+    assert head.frozen[0].weight.dtype == torch.float32
+
+
 def test_a_heads_output_head_is_packed_too(short, tmp_path):
     """It is no module of the head's own."""
     target = copy.deepcopy(short[0]).bfloat16()
@@ -371,16 +381,41 @@ def test_a_head_is_one_layer_of_the_targets_kind_without_norms_at_either_end(hea
     assert [".".join(key) for key in keys if key[0] != "trunk"] == ["fuse.weight", "fuse.bias"]
 
 
-def test_noise_is_for_training_alone_and_of_its_width(heads):
-    head = copy.deepcopy(heads["neox"][1])
-    inputs, ids, states = [], torch.tensor([[1, 2, 3]]), torch.randn(1, 3, 32)
-    head.fuse.register_forward_hook(
-        lambda module, args, output: inputs.append(args[0][..., 32:] - states)
-    )
-    for mode in (True, False):
-        head.train(mode)(ids, states)
-    assert 0.08 < inputs[0].abs().max() <= 0.1 + 1e-6 and inputs[0].min() < -0.08
-    assert not inputs[1].any()
+def test_noise_is_for_training_alone_and_of_its_width(make_head, examples):
+    """On the target's states, which the guesses of deeper levels take the place of."""
+    _, states, head = make_head()
+    batch = make_batch(examples, [0], CPU)
+    true = eagle.previous_states(states.all_states(batch))
+    inputs = []
+    head.fuse.register_forward_hook(lambda module, args, output: inputs.append(args[0][..., 32:]))
+    head.depth = 2
+    head.train().response_states(batch)
+    head.eval().response_states(batch)
+    noise = inputs[0] - true
+    assert 0.08 < noise.abs().max() <= 0.1 + 1e-6 and noise.min() < -0.08
+    assert len(inputs) == 3 and torch.equal(inputs[2], true)
+    head.train().noise = 0.0
+    inputs.clear()
+    head.response_states(batch)
+    guesses = head.unroll(batch.input_ids, true, 1)
+    assert torch.equal(inputs[0], true)
+    assert torch.allclose(inputs[1], eagle.previous_states(guesses[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_unrolled_guesses_are_those_of_drafting(heads, name):
+    """At every token and depth, against the slow sampler; and what training asks for."""
+    target, head = heads[name]
+    text = autoregressive_generate(target, PROMPT, max_new_tokens=5)[0].tolist()
+    states = target.base_model(torch.tensor([text])).last_hidden_state
+    with torch.no_grad():
+        guesses = head.unroll(torch.tensor([text]), eagle.previous_states(states), 3)
+        logits = [head.frozen[1](each)[0] for each in guesses]
+    for level in range(3):
+        for end in range(level + 1, len(text) + 1):
+            start = end - level
+            expected = slow_logits(target, head, text[:start], text[start:end])
+            assert torch.allclose(logits[level][end - 1], expected, atol=1e-4)
 
 
 # Training
@@ -427,6 +462,35 @@ def plain_loss(target, head, reference, examples, k):
     selected = select_tokens(torch.cat(gap), k)
     loss = torch.cat(distance) + 0.1 * torch.cat(kl)
     return loss[selected].mean(), int(selected.sum())
+
+
+def test_a_step_is_the_mean_over_depths(make_head, examples):
+    """Losses and gradient of the guesses that drafting makes, on all tokens and on the selected
+    ones of the first draft."""
+    _, states, head = make_head("llama", noise=0)
+    batch = make_batch(examples, list(range(6)), CPU)
+    student = Student(head, 400)
+    rows = torch.arange(len(batch.index))
+    inputs = eagle.previous_states(states.all_states(batch))
+    parts = [
+        guesses.flatten(0, 1)[batch.index] for guesses in head.unroll(batch.input_ids, inputs, 3)
+    ]
+    expected = sum(eagle_loss(student, part, batch, states, rows) for part in parts) / 3
+    expected.backward()
+    expected_gradient = head.fuse.weight.grad.clone()
+    head.zero_grad()
+    head.depth = 3
+    loss, count = eagle_step(student, batch, states)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and count == len(rows)
+    assert torch.allclose(head.fuse.weight.grad, expected_gradient, rtol=1e-4, atol=1e-6)
+    gap = torch.linspace(0, 1, len(rows))
+    kl = student.head.token_losses(parts[0].detach(), *token_loss("fkl", states, batch))
+    method = Method("adaspec", k=0.3)
+    loss, count = eagle_adaspec_step(student, batch, states, Losses(kl - gap), method)
+    chosen = select_tokens(gap, 0.3).nonzero().squeeze(1)
+    expected = sum(eagle_loss(student, part, batch, states, chosen) for part in parts) / 3
+    assert count == len(chosen) and loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("k", [None, 0.4])
