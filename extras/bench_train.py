@@ -297,7 +297,7 @@ def scale(args, dtype) -> dict:
     sweeps = {  # what is swept -> its value: shape, chunk
         "response tokens": {115 * n: (SMALL | {"rows": n}, head.CHUNK) for n in (4, 8, 16, 32)},
         "vocabulary": {n: (SMALL | {"vocab_size": n}, head.CHUNK) for n in vocabularies},
-        "chunk": {n: (SMALL, n) for n in (64, 128, 256, 512)},
+        "chunk": {n: (SMALL, n) for n in (64, 128, 256, 512, 1024)},
     }
     results = {}
     for name, points in sweeps.items():

@@ -139,7 +139,7 @@ def test_scale_runs(tmp_path, monkeypatch):
     bench_train.main([*flags, "--json", str(tmp_path / "s.json")])
     result = json.loads((tmp_path / "s.json").read_text())
     assert [point["value"] for point in result["response tokens"]] == [460, 920, 1840, 3680]
-    assert [point["value"] for point in result["chunk"]] == [64, 128, 256, 512]
+    assert [point["value"] for point in result["chunk"]] == [64, 128, 256, 512, 1024]
     assert [shape["vocab_size"] for shape in shapes[4:8]] == [6288, 12576, 25152, 50304]
     assert result["parallel efficiency of 2 ranks"]["median"] == 1
 
