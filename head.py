@@ -13,15 +13,17 @@ from torch.nn import functional as F
 
 from data import Batch
 
-# Response tokens whose logits exist at one time; on a GPU the launches of fewer take longer than
-# their arithmetic
-CHUNK = 1024 if torch.cuda.is_available() else 256
+CHUNK = 256  # response tokens whose logits exist at one time
+# On a GPU, where launching the kernels for so few takes longer than running them: as many as make
+# so many logits (256 MB in float32), if that is more
+GPU_LOGITS = 2**26
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """The trunk's output (after the final norm) where it predicts a response token, [N, d].
 
-    A model that reads more than tokens gives it as `response_states(batch)` (extras/eagle.py).
+    A model that reads more than tokens gives it as `response_states(batch)` (extras/eagle.py, which
+    says when it is of another length).
     """
     if hasattr(model, "response_states"):
         return model.response_states(batch)
@@ -102,7 +104,7 @@ class Head:
         weights = [None if t is None else t.to(dtype) for t in self.weights()]
         losses = []
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
+            for rows in chunks(torch.arange(len(hidden), device=hidden.device), self.size):
                 logits = padded_linear(hidden[rows], *weights)[: len(rows)]
                 losses += map(loss, loss_blocks(signal(rows)), loss_blocks(logits))
         return torch.cat(losses)
@@ -118,6 +120,13 @@ class Head:
         if rows is None:
             rows = torch.arange(len(hidden), device=hidden.device)
         return ChunkedLoss.apply(hidden, *self.weights(), rows, signal, loss)
+
+
+def chunks(rows: Tensor, vocab_size: int) -> tuple[Tensor, ...]:
+    """Rows in parts whose logits exist at one time."""
+    if rows.device.type == "cpu":
+        return rows.split(CHUNK)
+    return rows.split(max(CHUNK, GPU_LOGITS // vocab_size))
 
 
 def loss_blocks(rows: Tensor) -> tuple[Tensor, ...]:
@@ -156,7 +165,7 @@ class ChunkedLoss(torch.autograd.Function):
         bias_grad = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         total = torch.zeros((), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in rows.split(CHUNK):
+            for part in chunks(rows, len(weight)):
                 states = hidden[part].to(dtype)
                 logits = padded_linear(states, *head)
                 total += loss_and_gradient(signal(part), logits[: len(part)], loss)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data import Example
-from head import CHUNK, Head
+from head import Head, chunks
 
 
 class ShortHead(nn.Module):
@@ -75,7 +75,7 @@ def outside_log_odds(head: Head, token_ids: Tensor, hidden: Tensor) -> Tensor:
     """log (the target's probability of all other tokens / that of `token_ids`) for hidden states
     [N, d] -> [N] float32. (Log odds are exact where either probability is tiny.)"""
     parts = [hidden.new_zeros(0, dtype=torch.float32)]
-    for states in hidden.split(CHUNK):
+    for states in chunks(hidden, head.size):
         logits = head(states).float()
         inside = logits.index_select(-1, token_ids).logsumexp(-1)
         outside = logits.index_fill_(-1, token_ids, -math.inf).logsumexp(-1)

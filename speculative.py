@@ -99,7 +99,7 @@ class Stats:
         self.never_judged += max(0, usable - accepted - 1)
         self.target_calls += 1
         self.generated += len(new)
-        if usable:
+        if usable:  # else nothing, at every token that a model writes alone
             by_position = ([1] * accepted + [0] * rejected, [1] * (accepted + rejected))
             self.per_position = _add_lists(self.per_position, by_position)
 

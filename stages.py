@@ -147,7 +147,7 @@ def response_source(cell, plan: Plan) -> list:
     run = cell.settings
     return [
         method.data, method.share, method.refresh,
-        run.max_new_tokens, run.max_length, responses_at_once(cell), world_size(),
+        run.max_new_tokens, run.max_length, run.eval_batch, world_size(),
     ]  # fmt: skip
 
 
@@ -249,22 +249,8 @@ def response_writer(cell) -> ResponseWriter:
         vocab_size=len(cell.tokenizer),
         max_new_tokens=cell.settings.max_new_tokens,
         max_length=cell.settings.max_length,
-        batch_size=responses_at_once(cell),
+        batch_size=4 * cell.settings.eval_batch,
     )
-
-
-def responses_at_once(cell) -> int:
-    """How many responses are written at a time. On a GPU, where a step for one row takes as long as
-    for hundreds, as many as have room for keys and values in a quarter of its memory."""
-    few = 4 * cell.settings.eval_batch
-    if cell.device.type != "cuda":
-        return few
-    config = cell.models[0].config
-    # a token's keys and values; fewer where heads share them
-    values = 2 * config.num_hidden_layers * config.hidden_size
-    row = values * cell.settings.max_length * cell.dtype.itemsize
-    memory = torch.cuda.get_device_properties(cell.device).total_memory
-    return max(few, memory // 4 // row)
 
 
 def on_policy(cell, method: Method, examples: Sequence[Example]) -> OnPolicy | None:

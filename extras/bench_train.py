@@ -329,12 +329,12 @@ class ChunkedStep:
         self.chunk = chunk
 
     def __call__(self) -> None:
-        default = head.CHUNK
-        head.CHUNK = self.chunk
+        defaults = head.CHUNK, head.GPU_LOGITS
+        head.CHUNK, head.GPU_LOGITS = self.chunk, 0
         try:
             self.step()
         finally:
-            head.CHUNK = default
+            head.CHUNK, head.GPU_LOGITS = defaults
 
 
 def seconds_on(count: int, dtype: str, device) -> float:

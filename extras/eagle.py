@@ -8,7 +8,8 @@ AdaSPEC's filter.
 The first trains a head on all response tokens (method distillspec, "EAGLE") and one on AdaSPEC's
 (method adaspec, "EAGLE + AdaSPEC"), whose reference is a head of the first kind, and compares them;
 best is EAGLE in small batches, with a rate that decays and the reference's epochs too. The second
-does so for a model of one's own, the third measures a head that is there.
+does so for a model of one's own, the third measures a head that is there. With --depth 2 heads also
+learn what a round's second draft is made from, their own guess.
 
 The draft is a head on the target: token x_s and the state h_{s-1} that the target predicted it from
 go through one linear layer and one decoder layer of the target's own kind, which guesses h_s; the
@@ -120,7 +121,7 @@ class Eagle(nn.Module):
                 f"{name} takes no position_ids; an EAGLE head needs a target that does"
             )
         self.noise = noise
-        self.depth = 1  # drafts in a row that training makes, see `unroll`
+        self.depth = 1  # in training: drafts in a row that it makes, see `unroll`
         self.teacher: TargetStates | None = None  # in training: whose states it reads
         self.config = copy.deepcopy(target.config)
         self.config.num_hidden_layers = 1
@@ -184,8 +185,8 @@ class Eagle(nn.Module):
         return torch.cat([each.flatten(0, 1).index_select(0, batch.index) for each in guesses])
 
     def unroll(self, input_ids: Tensor, states: Tensor, depth: int) -> list[Tensor]:
-        """The guesses [B, T, d] from the target's states, those from these guesses, and so on: what
-        the 1st, 2nd, ... draft of a round is made from, at every token at once (HASS, arXiv
+        """`depth` guesses [B, T, d]: from the target's states, from that guess, and so on. At every
+        token at once they are what the 1st, 2nd, ... draft of a round is made from (HASS, arXiv
         2408.15766; the training-time test of EAGLE-3, arXiv 2503.01840)."""
         if depth == 1:
             return [self.hidden(input_ids, states, use_cache=False)]
@@ -261,14 +262,15 @@ class Eagle(nn.Module):
 
 
 def unrolled_mask(n: int, level: int, like: Tensor) -> Tensor:
-    """What the guesses of n tokens at a level from 0 see, additive [1, 1, n, (level + 1) n], in the
-    dtype of `like`: what a draft sees. Of the level itself their own token, of the levels before
-    the token one, two, ... before it, and of level 0 all that is left."""
-    distance = torch.arange(n)[:, None] - torch.arange(n)
+    """Additive mask [1, 1, n, (level + 1) n] of n tokens at a level from 0, in the dtype of `like`:
+    what a draft sees. The keys come level by level. A token t sees itself; of a level above 0
+    between, the token level - that before it; of level 0 all tokens up to t - level."""
+    tokens = torch.arange(n, device=like.device)
+    distance = tokens[:, None] - tokens
     visible = [distance >= level]
-    visible += [distance == level - other for other in range(1, level + 1)]
-    mask = torch.zeros(n, n * (level + 1)).masked_fill(~torch.cat(visible, 1), -math.inf)
-    return mask.to(like)[None, None]
+    visible += [distance == level - earlier for earlier in range(1, level + 1)]
+    mask = like.new_zeros(n, n * (level + 1)).masked_fill(~torch.cat(visible, 1), -math.inf)
+    return mask[None, None]
 
 
 def remove_norms(trunk: nn.Module) -> None:
@@ -554,10 +556,11 @@ def run_heads(cell: Cell, methods: Sequence[Method]) -> list[dict]:
         write_missing_responses(cell, target, None)
     for method in methods:
         stages = train_head(cell, method, target)
-        label = head_label(method)
+        label = head_label(method, cell.settings.depth)
         heads[label] = stages[-1]
         summary = storage.read_json(Path(stages[-1].path, "stage.json"))["summary"]
         costs[label] = training_cost(cell, stages) | {"accuracy": summary["accuracy"]}
+        costs[label] |= {"depth": cell.settings.depth}
     if rank() == 0:
         storage.remove_folder(cell.folder / "cache")
 
@@ -587,23 +590,27 @@ def train_head(cell: Cell, method: Method, target: Model) -> list[Model]:
     return [reference, fit_head(cell, plan, target, reference)]
 
 
-def head_label(method: Method) -> str:
+def head_label(method: Method, depth: int) -> str:
     """What tables call the head."""
     names = {"DistillSpec": "EAGLE", "AdaSPEC": "EAGLE + AdaSPEC", "best": "EAGLE, best"}
     name, *changes = method.label.split(" ")
+    if depth > 1:
+        changes.append(f"depth={depth}")
     return " ".join([names[name], *changes])
 
 
 def head_plan(cell: Cell, method: Method, target: Model) -> Plan:
     plan = draft_plan(cell, method, target, target)
     init = {"kind": "EAGLE head", "weights of losses": [STATE_WEIGHT, TOKEN_WEIGHT]}
+    name = f"eagle-{plan.name}"
     if cell.settings.depth > 1:
         init["depth"] = cell.settings.depth
+        name += f"-depth-{cell.settings.depth}"
     if cell.settings.draft_vocab:
         token_ids = frequent_tokens(plan.examples, cell.settings.draft_vocab, cell.ends)
         init["token_ids"] = token_ids.tolist()
     method = replace(method, divergence="fkl")  # in EAGLE's losses, those of best too
-    return replace(plan, name=f"eagle-{plan.name}", init=init, method=method)
+    return replace(plan, name=name, init=init, method=method)
 
 
 def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = None) -> Model:
@@ -727,8 +734,10 @@ def parse_arguments(argv) -> tuple[EagleSettings, list[Method]]:
     parser.set_defaults(data="ground-truth")  # a head has no others
     settings, methods = parse_settings(parser, argv, EagleSettings)
     if settings.head:
-        if settings.pairs != ("custom",) or settings.draft_vocab:
-            parser.error("--head is measured as it is: give --target, no --pairs, no --draft-vocab")
+        if settings.pairs != ("custom",) or settings.draft_vocab or settings.depth > 1:
+            parser.error(
+                "--head is measured as it is: give --target, no --pairs, --draft-vocab or --depth"
+            )
         return replace(settings, methods=("none",), validation_rows=0), []
     if settings.pairs == PRESETS["tiny"]["pairs"]:
         settings = replace(settings, pairs=("tiny-eagle",))

@@ -185,7 +185,7 @@ def random_pair(shapes: str, device) -> list[torch.nn.Module]:
 
 
 def add_decoding_flags(parser: Parser) -> None:
-    """The flags that bench_decode and engines have in common."""
+    """The flags that the benchmarks of decoding have in common."""
     add = parser.add_argument
     add("--prompts", help='JSON lines with a "prompt" each; without it rows of the offline task')
     add("--data-dir", help="prompts from <data-dir>/gsm8k/test.jsonl")
@@ -205,6 +205,8 @@ def load_prompts(args, tokenizer, device) -> tuple[list[torch.Tensor], str]:
         rows = data.load_rows(task, "test", args.data_dir, args.batch)
         texts = [data.TASKS[task].prompt(row) for row in rows]
         source = f"{task} test"
+    # `args.chat` says from here on whether a turn's end ends a response
+    args.chat = args.chat or any(not isinstance(text, str) for text in texts)
     if args.chat:
         source += ", chat template"
     token_ids = [prompt_tokens(text, tokenizer, args.chat) for text in texts]

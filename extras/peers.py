@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from extras import measure
 
 # How Liger-Kernel's loss is run: as it comes (compiled, 1024 rows of logits at a time, all of them
-# if there are fewer than twice as many), in chunks of about our size, and those without compiling
+# if there are fewer than twice as many), in chunks of our size on a CPU, and those not compiled
 LIGER_OPTIONS = {
     "as it comes": {},
     "in chunks of 256": {"chunk_size": 256},

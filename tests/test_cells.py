@@ -4,7 +4,6 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -415,18 +414,6 @@ def test_who_writes_the_responses_of_a_plan(toy_cell, monkeypatch):
     assert (writer.max_length, writer.max_new_tokens, writer.batch_size) == (128, 128, 80)
     assert (writer.ends, writer.vocab_size) == ([0], len(toy_cell.tokenizer))
     assert plan_of(toy_cell, Method("distillspec", data="mixed", share=0.2)).on_policy.share == 0.2
-
-
-def test_a_gpu_writes_as_many_responses_at_once_as_have_room(toy_cell, monkeypatch):
-    """Keys and values of 128 tokens in a quarter of its memory; never fewer than a CPU writes."""
-    config = toy_cell.models[0].config
-    row = 2 * config.num_hidden_layers * config.hidden_size * 128 * 4
-    cell = replace(toy_cell, device=torch.device("cuda"))
-    for rows, expected in ((1000, 1000), (3, 80)):
-        properties = SimpleNamespace(total_memory=4 * row * rows)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
-        assert stages.responses_at_once(cell) == expected
-    assert stages.responses_at_once(toy_cell) == 80
 
 
 def test_each_block_that_the_target_writes_has_draws_of_its_own(toy_cell, monkeypatch):

@@ -77,6 +77,7 @@ def test_chunked_loss_is_the_plain_one(
     """Loss and every parameter's gradient within 1e-6 of autograd on all logits; chunks do not
     divide the rows."""
     monkeypatch.setattr(head, "CHUNK", 50)
+    monkeypatch.setattr(head, "GPU_LOGITS", 0)  # this test runs on GPUs too
     target, draft = make_model(architecture, seed=1), make_model(architecture, seed=2)
     for model in (target, draft):
         if model.get_output_embeddings().bias is not None:  # zeros, in a new model
@@ -123,6 +124,13 @@ def test_a_frozen_head_passes_the_gradient_on(make_model, examples):
     draft_head.linear.requires_grad_(False)
     assert torch.equal(hidden_gradient(), expected)
     assert draft_head.linear.weight.grad is None and draft_head.linear.bias.grad is None
+
+
+def test_more_logits_exist_at_one_time_off_the_cpu():
+    rows = torch.empty(3000, device="meta")
+    assert [len(part) for part in head.chunks(rows, 2**16)] == [1024, 1024, 952]
+    assert len(head.chunks(rows, 2**20)) == 12  # never fewer rows than on a CPU
+    assert len(head.chunks(torch.empty(3000), 2**16)) == 12
 
 
 def test_few_logits_exist_at_one_time(make_model, examples, monkeypatch):

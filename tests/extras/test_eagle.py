@@ -113,7 +113,7 @@ def slow_eagle(target, head, prompt, max_new_tokens, branching, ends=()):
     return text, stats + Stats(per_position=(accepted_at, judged_at))
 
 
-def head_on(target, steps=60, seed=0, token_ids=None):
+def head_on(target, steps=80, seed=0, token_ids=None):
     """A head that has learned a little of the target's own text, so that it agrees now and then."""
     torch.manual_seed(seed)
     head, vocab = Eagle(target, token_ids=token_ids), target.config.vocab_size
@@ -192,7 +192,6 @@ def test_greedy_with_a_short_head_is_the_targets_own(short):
     assert logits.isfinite().sum() == 5 * len(head.token_ids)
 
 
-@pytest.mark.skipif(not speculative.PACKED_PRODUCTS, reason="CPUs with AVX-512 only")
 def test_a_short_output_head_goes_where_the_head_goes(short):
     """It is a copy, and no submodule; the target's embedding is neither copied nor touched."""
     target, head = copy.deepcopy(short)
@@ -202,6 +201,7 @@ def test_a_short_output_head_goes_where_the_head_goes(short):
     assert head.frozen[0].weight.dtype == torch.float32
 
 
+@pytest.mark.skipif(not speculative.PACKED_PRODUCTS, reason="CPUs with AVX-512 only")
 def test_a_heads_output_head_is_packed_too(short, tmp_path):
     """It is no module of the head's own."""
     target = copy.deepcopy(short[0]).bfloat16()
@@ -382,7 +382,7 @@ def test_a_head_is_one_layer_of_the_targets_kind_without_norms_at_either_end(hea
 
 
 def test_noise_is_for_training_alone_and_of_its_width(make_head, examples):
-    """On the target's states, which the guesses of deeper levels take the place of."""
+    """On the target's states, and not on the guesses that take their place deeper down."""
     _, states, head = make_head()
     batch = make_batch(examples, [0], CPU)
     true = eagle.previous_states(states.all_states(batch))
@@ -404,7 +404,7 @@ def test_noise_is_for_training_alone_and_of_its_width(make_head, examples):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_unrolled_guesses_are_those_of_drafting(heads, name):
-    """At every token and depth, against the slow sampler; and what training asks for."""
+    """At every token and level, against the slow sampler."""
     target, head = heads[name]
     text = autoregressive_generate(target, PROMPT, max_new_tokens=5)[0].tolist()
     states = target.base_model(torch.tensor([text])).last_hidden_state
@@ -805,6 +805,34 @@ def test_stages_of_a_cell(target_folder, tmp_path, monkeypatch, cache_gb):
         assert costs[label]["accuracy"] == pytest.approx(accuracy, abs=2e-3)
 
 
+def test_heads_of_another_depth_are_others(target_folder, tmp_path, monkeypatch):
+    """In one folder: trained so deep, under a name of their own, and said to be so."""
+    depths, results = [], []
+
+    def train_spy(head, *inputs, **options):
+        depths.append(head.depth)
+        return train(head, *inputs, **options)
+
+    monkeypatch.setattr(eagle, "train", train_spy)
+    monkeypatch.setattr(eagle, "evaluate_drafts", lambda *evaluation: results.append(evaluation))
+    settings = replace(
+        EagleSettings(), limit=8, max_length=128, eval_prompts=2, batch=8, epochs=(0, 1, 1),
+        dtype="float32", out=str(tmp_path / "out"), validation_rows=0,
+    )  # fmt: skip
+    pairs = {"toy": Pair(str(target_folder), None)}
+    for depth in (1, 3):
+        deeper = replace(settings, depth=depth)
+        cell = prepare_cell("toy", "arithmetic", 0, deeper, CPU, pairs)
+        run_heads(cell, [Method("adaspec")])
+    assert depths == [1, 1, 3, 3]
+    heads = [next(iter(heads.items())) for _, _, heads, _, _ in results]
+    costs = [next(iter(costs.values())) for _, _, _, costs, _ in results]
+    assert [label for label, _ in heads] == ["EAGLE + AdaSPEC", "EAGLE + AdaSPEC depth=3"]
+    assert [Path(head.path).name for _, head in heads] == ["eagle-adaspec", "eagle-adaspec-depth-3"]
+    assert heads[0][1].fingerprint != heads[1][1].fingerprint
+    assert [cost["depth"] for cost in costs] == [1, 3]
+
+
 @pytest.mark.parametrize(("target", "is_said"), [("a", False), ("b", True)])
 def test_a_head_of_another_target_is_said_to_be_so(tmp_path, capsys, target, is_said):
     """Its shapes may fit all the same."""
@@ -873,7 +901,8 @@ def test_command_ends_in_the_table_and_uses_heads_again(
         ("--methods none", "unknown name 'none', expected one of distillspec, adaspec, best"),
         ("--pairs pythia", "unknown name 'pythia', expected one of tiny-eagle, custom"),
         ("--head tests", "--head is measured as it is: give --target, no --pairs"),
-        ("--head tests --target x --draft-vocab 9", "no --draft-vocab"),
+        ("--head tests --target x --draft-vocab 9", "no --pairs, --draft-vocab or --depth"),
+        ("--head tests --target x --depth 2", "no --pairs, --draft-vocab or --depth"),
         ("--pairs custom", "the pair custom needs --target\n"),
         ("--data target", "unrecognized arguments: --data target"),
         ("--divergence tvd", "unrecognized arguments: --divergence tvd"),

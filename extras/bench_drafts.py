@@ -1,0 +1,161 @@
+"""What makes a model faster on this machine: a draft, an EAGLE head, or transformers' own ways.
+
+    python -m extras.bench_drafts --target T --draft D --head H --prompts FILE --dtype bfloat16
+
+(bench_decode measures where the time of one draft's decoding goes; this one compares.) Each prompt
+is decoded alone, by each contestant in turn: "alone" (the target, by autoregressive_generate),
+"draft" and "head" (speculative_generate with --draft and with --head), and of transformers
+"generate" (the target), "lookup" (prompt lookup, which needs no draft: it copies up to gamma tokens
+from where the last ones stood before) and "assisted" (assisted generation with --draft, where its
+output head is as large as the target's). All run with packed weights and thin products, where these
+are faster.
+
+Speeds are in tokens per second over those of "alone" at the same prompt: the median over prompts
+and its 95% interval. At temperature 0 all should write the same text; how many do is counted, since
+in bfloat16 a near-tie may fall either way. Above 0 each writes texts of its own.
+"""
+
+import math
+import statistics
+from functools import partial
+
+import torch
+
+import models
+from cli import Parser, decimal, one_of, run_command
+from evaluate import clock, median_interval
+from extras import measure
+from extras.eagle import Eagle
+from speculative import (
+    autoregressive_generate,
+    check_prompt,
+    inference,
+    pack_weights,
+    speculative_generate,
+    until_end,
+)
+from train import DTYPES
+
+
+def load(args) -> tuple:
+    """Target, draft and head (None where none is given) and the tokenizer. Raises ValueError for
+    what is missing or does not fit."""
+    dtype = DTYPES[args.dtype]
+    draft = None
+    if args.draft:
+        target, draft, tokenizer = models.load_pair(args.target, args.draft, dtype, args.device)
+    else:
+        models.check_model(args.target)
+        target = models.load_model(args.target, dtype, args.device)
+        tokenizer = models.load_tokenizer(args.target)
+    head = Eagle.from_pretrained(args.head, target) if args.head else None
+    for model in (target, draft, head):
+        if model is not None:
+            pack_weights(model)
+    return target, draft, head, tokenizer
+
+
+def contestants(args, target, draft, head, ends: list[int], vocab_size: int) -> dict:
+    """name -> function of a prompt [1, T] that returns sequences."""
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    options |= {"eos_token_id": ends, "vocab_size": vocab_size}
+    calls = {"alone": partial(autoregressive_generate, target, **options)}
+    for name, model in (("draft", draft), ("head", head)):
+        if model is not None:
+            drafting = partial(speculative_generate, target, model, gamma=args.gamma, **options)
+            calls[name] = lambda ids, drafting=drafting: drafting(ids).sequences
+    drafts = [draft] if fits_transformers(target, draft) else []
+    measure.make_greedy(target, drafts, ends, args.max_new_tokens, args.gamma)
+    sampling = {"do_sample": False}
+    if args.temperature > 0:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0}
+
+    def generate(ids, **drafting):
+        with inference(target, *drafts):
+            return target.generate(ids, **sampling, **drafting)
+
+    calls["generate"] = generate
+    calls["lookup"] = partial(generate, prompt_lookup_num_tokens=args.gamma)
+    if drafts:
+        calls["assisted"] = partial(generate, assistant_model=draft)
+    return calls
+
+
+def fits_transformers(target, draft) -> bool:
+    """Whether assisted generation takes the draft: output heads must have equal sizes."""
+    if draft is None or hasattr(draft.get_output_embeddings(), "token_ids"):
+        return False
+    return draft.config.vocab_size == target.config.vocab_size
+
+
+def decode_in_turn(calls: dict, prompts: list, ends: list[int], device) -> dict:
+    """name -> (seconds, new tokens) of every prompt. The first prompt is decoded once more before,
+    to warm up."""
+    turns = {name: [] for name in calls}
+    for number, ids in enumerate([prompts[0], *prompts]):
+        for name in measure.rotated(calls, number):
+            torch.manual_seed(number)
+            started = clock(device)
+            sequences = calls[name](ids)
+            seconds = clock(device) - started
+            if number:
+                tokens = until_end(sequences[0, ids.shape[1] :].tolist(), ends)
+                turns[name].append((seconds, tokens))
+    return turns
+
+
+def summary(turns: dict) -> dict:
+    """By contestant: the speed-up over "alone" with its interval, milliseconds a token (a median
+    too), the share of prompts where the text is that of "alone", and tokens per second by
+    prompt."""
+    rates = {name: [len(tokens) / s for s, tokens in own] for name, own in turns.items()}
+    results = {}
+    for name, own_rates in rates.items():
+        ratios = [rate / alone for rate, alone in zip(own_rates, rates["alone"], strict=True)]
+        pairs = zip(turns[name], turns["alone"], strict=True)
+        same = [tokens == alone for (_, tokens), (_, alone) in pairs]
+        results[name] = {
+            "speedup": statistics.median(ratios),
+            "interval": median_interval(ratios),
+            "ms_per_token": 1000 / statistics.median(own_rates),
+            "same_text": statistics.mean(same),
+            "tokens_per_second": [float(f"{rate:.5g}") for rate in own_rates],
+        }
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="extras.bench_drafts", description=__doc__)
+    add = parser.add_argument
+    add("--target", required=True, help="folder or Hub id of the target")
+    add("--draft", help="folder or Hub id of a draft")
+    add("--head", help="folder of an EAGLE head of the target")
+    add("--dtype", type=one_of(DTYPES), default="float32", help="of all models")
+    add("--temperature", type=decimal(0, math.inf), default=0.0, help="0: greedy")
+    measure.add_decoding_flags(parser)
+    measure.add_device_flag(parser)
+    add("--json", help="write all figures to this file")
+    args = measure.parse(parser, argv)
+    target, draft, head, tokenizer = load(args)
+    prompts, source = measure.load_prompts(args, tokenizer, args.device)
+    ends = models.end_tokens(target, tokenizer, args.chat)
+    for ids in prompts:
+        check_prompt([m for m in (target, draft) if m is not None], ids, None, args.max_new_tokens)
+    calls = contestants(args, target, draft, head, ends, len(tokenizer))
+    results = summary(decode_in_turn(calls, prompts, ends, args.device))
+    print(
+        f"{len(prompts)} prompts ({source}), gamma {args.gamma}, temperature {args.temperature:g}"
+    )
+    print("tokens per second over those of the target alone: median over prompts (95% interval)")
+    for name, result in results.items():
+        low, high = result["interval"]
+        speed = f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})"
+        same = f", same text {result['same_text']:.0%}" if args.temperature == 0 else ""
+        print(f"  {name:<9} {speed}, {result['ms_per_token']:.1f} ms a token{same}")
+    protocol = {"prompts": source, "count": len(prompts), "max_new_tokens": args.max_new_tokens}
+    protocol |= {"gamma": args.gamma, "temperature": args.temperature, "dtype": args.dtype}
+    measure.save(args, {"protocol": protocol | {"device": str(args.device)}, "speeds": results})
+
+
+if __name__ == "__main__":
+    run_command(main, "extras.bench_drafts")

@@ -1,0 +1,107 @@
+"""bench_drafts.py: what contestants write, and what is made of seconds. No test is about speed."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from extras import bench_drafts, measure
+from extras.eagle import Eagle
+from models import keep_layers, load_model
+from short_head import shorten_head
+
+NAMES = ["alone", "draft", "head", "generate", "lookup", "assisted"]
+
+
+@pytest.fixture
+def flags(tmp_path, make_model, tokenizer):
+    """A target, a draft of its own layers and a head on it."""
+    target = make_model("neox", initializer_range=0.2, num_hidden_layers=3)
+    target.save_pretrained(tmp_path / "target")
+    keep_layers(target, [0, 2]).save_pretrained(tmp_path / "draft")
+    for name in ("target", "draft"):
+        tokenizer.save_pretrained(tmp_path / name)
+    Eagle(load_model(tmp_path / "target")).save_pretrained(tmp_path / "head")
+    models = [f"--{name}={tmp_path / name}" for name in ("target", "draft", "head")]
+    return [*models, "--device", "cpu", "--gamma", "2", "--max-new-tokens", "12", "--batch", "3"]
+
+
+def test_all_write_the_targets_greedy_text(flags, tmp_path, capsys):
+    bench_drafts.main([*flags, "--json", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert list(result["speeds"]) == NAMES and result["protocol"]["count"] == 3
+    for speed in result["speeds"].values():
+        low, high = speed["interval"]
+        assert 0 < low <= speed["speedup"] <= high and speed["ms_per_token"] > 0
+        assert speed["same_text"] == 1 and len(speed["tokens_per_second"]) == 3
+    assert result["speeds"]["alone"]["interval"] == [1, 1]
+    assert "  lookup    " in capsys.readouterr().out
+
+
+def test_above_temperature_0_all_sample_alike(make_model):
+    target, draft = make_model(initializer_range=0.2), make_model(seed=1)
+    args = SimpleNamespace(max_new_tokens=4, temperature=0.5, gamma=2)
+    calls = bench_drafts.contestants(args, target, draft, None, [0], 400)
+    asked = []
+    target.generate = lambda ids, **options: asked.append(options)
+    for name in ("generate", "lookup", "assisted"):
+        calls[name](torch.tensor([[5]]))
+    sampling = {"do_sample": True, "temperature": 0.5, "top_k": 0}
+    own = [{}, {"prompt_lookup_num_tokens": 2}, {"assistant_model": draft}]
+    assert asked == [sampling | options for options in own]
+    del target.generate
+    for call in calls.values():
+        texts = {tuple(call(torch.tensor([[5]]))[0].tolist()) for _ in range(8)}
+        assert len(texts) > 4
+
+
+def test_transformers_gets_no_draft_that_it_refuses(make_model):
+    args = SimpleNamespace(max_new_tokens=4, temperature=0.0, gamma=2)
+    target = make_model()
+    for draft in (
+        shorten_head(make_model(seed=1), torch.arange(0, 400, 2)),
+        make_model(vocab_size=432),
+    ):
+        calls = bench_drafts.contestants(args, target, draft, None, [0], 400)
+        assert list(calls) == ["alone", "draft", "generate", "lookup"]
+
+
+def test_speeds_are_medians_over_prompts():
+    text = [7] * 10
+    turns = {
+        "alone": [(1.0, text), (0.5, text), (0.25, text)],
+        "draft": [(0.5, text), (1 / 6, text), (0.25, [*text[:9], 8])],
+    }
+    results = bench_drafts.summary(turns)
+    assert results["draft"]["speedup"] == pytest.approx(2.0)
+    assert results["draft"]["interval"] == pytest.approx((1.0, 3.0))
+    assert results["draft"]["same_text"] == pytest.approx(2 / 3)
+    assert results["alone"]["ms_per_token"] == 50.0 and results["draft"]["ms_per_token"] == 25.0
+
+
+def test_turns_rotate_and_tokens_count_up_to_the_end(monkeypatch):
+    ticks = iter(range(100))
+    order = []
+    monkeypatch.setattr(bench_drafts, "clock", lambda device: float(next(ticks)))
+
+    def call(name):
+        order.append(name)
+        return torch.tensor([[5, 6, 7, 0, 9]])
+
+    calls = {name: lambda ids, n=name: call(n) for name in ("alone", "draft")}
+    prompts = [torch.tensor([[5]])] * 2
+    turns = bench_drafts.decode_in_turn(calls, prompts, [0], measure.device("cpu"))
+    assert order == ["alone", "draft", "draft", "alone", "alone", "draft"]
+    assert turns == {name: [(1.0, [6, 7, 0])] * 2 for name in calls}
+
+
+def test_a_chat_of_ones_own_ends_with_its_turn(tmp_path):
+    """Also where nobody says --chat."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
+    args = SimpleNamespace(prompts=str(prompts), batch=1, chat=False)
+    tokenizer = SimpleNamespace()
+    with pytest.raises(AttributeError, match="chat_template"):
+        measure.load_prompts(args, tokenizer, "cpu")
+    assert args.chat
