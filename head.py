@@ -22,8 +22,8 @@ GPU_LOGITS = 2**26
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """The trunk's output (after the final norm) where it predicts a response token, [N, d].
 
-    A model that reads more than tokens gives it as `response_states(batch)` (extras/eagle.py, which
-    says when it is of another length).
+    A model that reads more than tokens gives it as `response_states(batch)` (extras/eagle.py: in
+    training there can be several guesses a token, [depth N, d]).
     """
     if hasattr(model, "response_states"):
         return model.response_states(batch)

@@ -559,8 +559,8 @@ def run_heads(cell: Cell, methods: Sequence[Method]) -> list[dict]:
         label = head_label(method, cell.settings.depth)
         heads[label] = stages[-1]
         summary = storage.read_json(Path(stages[-1].path, "stage.json"))["summary"]
-        costs[label] = training_cost(cell, stages) | {"accuracy": summary["accuracy"]}
-        costs[label] |= {"depth": cell.settings.depth}
+        of_head = {"accuracy": summary["accuracy"], "depth": cell.settings.depth}
+        costs[label] = training_cost(cell, stages) | of_head
     if rank() == 0:
         storage.remove_folder(cell.folder / "cache")
 
