@@ -9,7 +9,8 @@ The first trains a head on all response tokens (method distillspec, "EAGLE") and
 (method adaspec, "EAGLE + AdaSPEC"), whose reference is a head of the first kind, and compares them;
 best is EAGLE in small batches, with a rate that decays and the reference's epochs too. The second
 does so for a model of one's own, the third measures a head that is there. With --depth 2 heads also
-learn what a round's second draft is made from, their own guess.
+learn what a round's second draft is made from, their own guess, and with --state-weight 0 as well
+nothing asks of a guess that it be the target's state.
 
 The draft is a head on the target: token x_s and the state h_{s-1} that the target predicted it from
 go through one linear layer and one decoder layer of the target's own kind, which guesses h_s; the
@@ -88,7 +89,8 @@ from storage import Model
 from teacher import Frozen, ReferenceLoss
 from train import fine_tuning_step, token_loss, train
 
-STATE_WEIGHT, TOKEN_WEIGHT = 1.0, 0.1  # of the two losses: the official code's
+# of the two losses: the official code's; the first is the default of --state-weight
+STATE_WEIGHT, TOKEN_WEIGHT = 1.0, 0.1
 NOISE = 0.1  # half the width of the uniform noise on the states in training: the official code's
 COVERAGE_ROWS = 64  # that a short head's coverage is measured on
 INPUT_NORMS = ("input_layernorm", "ln_1")  # architectures' names of the norm at a layer's input
@@ -351,14 +353,16 @@ class HeadValidation(Validation):
         return alpha
 
 
-def eagle_step(student, batch: Batch, target: TargetStates):
+def eagle_step(student, batch: Batch, target: TargetStates, state_weight=STATE_WEIGHT):
     """EAGLE: both of its losses on every response token."""
     hidden = student.hidden(batch)
     rows = torch.arange(len(batch.index), device=hidden.device)
-    return eagle_loss(student, hidden, batch, target, rows), len(rows)
+    return eagle_loss(student, hidden, batch, target, rows, state_weight), len(rows)
 
 
-def eagle_adaspec_step(student, batch: Batch, target: TargetStates, reference, method):
+def eagle_adaspec_step(
+    student, batch: Batch, target: TargetStates, reference, method, state_weight=STATE_WEIGHT
+):
     """EAGLE + AdaSPEC: both losses on the top k of the tokens by KL(p || q) - KL(p || q_ref), over
     all ranks; the same filter as in `train.adaspec_step`."""
     hidden = student.hidden(batch)
@@ -368,13 +372,16 @@ def eagle_adaspec_step(student, batch: Batch, target: TargetStates, reference, m
     all_gaps, own = gather_gaps(gap)
     selected = select_tokens(all_gaps, method.k)[own]
     rows = selected.nonzero().squeeze(-1)
-    loss = eagle_loss(student, hidden, batch, target, rows)
+    loss = eagle_loss(student, hidden, batch, target, rows, state_weight)
     return loss + 0 * gap.sum(), len(rows)  # 0 * NaN: a NaN gap is a NaN loss
 
 
-def eagle_loss(student, hidden: Tensor, batch: Batch, target: TargetStates, rows: Tensor) -> Tensor:
-    """Summed over `rows`: smooth L1 to the target's state, and 0.1 KL(p || q) to its distribution;
-    the mean over the depths of `hidden` [depth N, d].
+def eagle_loss(
+    student, hidden: Tensor, batch: Batch, target: TargetStates, rows: Tensor,
+    state_weight: float = STATE_WEIGHT,
+) -> Tensor:  # fmt: skip
+    """Summed over `rows`: smooth L1 to the target's state, times its weight, and 0.1 KL(p || q) to
+    its distribution; the mean over the depths of `hidden` [depth N, d].
 
     (The official code has cross-entropy to p in KL's place: the same gradient.)
     """
@@ -382,9 +389,12 @@ def eagle_loss(student, hidden: Tensor, batch: Batch, target: TargetStates, rows
     signal = token_loss("fkl", target, batch)
     losses = []
     for guesses in hidden.split(len(states)):
-        distances = F.smooth_l1_loss(guesses[rows].float(), states[rows].float(), reduction="none")
-        divergence = student.head.loss(guesses, *signal, rows)
-        losses.append(STATE_WEIGHT * distances.mean(-1).sum() + TOKEN_WEIGHT * divergence)
+        loss = TOKEN_WEIGHT * student.head.loss(guesses, *signal, rows)
+        if state_weight:
+            guess, state = guesses[rows].float(), states[rows].float()
+            distances = F.smooth_l1_loss(guess, state, reduction="none").mean(-1)
+            loss = loss + state_weight * distances.sum()
+        losses.append(loss)
     return sum(losses) / len(losses)
 
 
@@ -556,10 +566,11 @@ def run_heads(cell: Cell, methods: Sequence[Method]) -> list[dict]:
         write_missing_responses(cell, target, None)
     for method in methods:
         stages = train_head(cell, method, target)
-        label = head_label(method, cell.settings.depth)
+        label = head_label(method, cell.settings)
         heads[label] = stages[-1]
         summary = storage.read_json(Path(stages[-1].path, "stage.json"))["summary"]
         of_head = {"accuracy": summary["accuracy"], "depth": cell.settings.depth}
+        of_head["state_weight"] = cell.settings.state_weight
         costs[label] = training_cost(cell, stages) | of_head
     if rank() == 0:
         storage.remove_folder(cell.folder / "cache")
@@ -590,22 +601,27 @@ def train_head(cell: Cell, method: Method, target: Model) -> list[Model]:
     return [reference, fit_head(cell, plan, target, reference)]
 
 
-def head_label(method: Method, depth: int) -> str:
+def head_label(method: Method, settings: "EagleSettings") -> str:
     """What tables call the head."""
     names = {"DistillSpec": "EAGLE", "AdaSPEC": "EAGLE + AdaSPEC", "best": "EAGLE, best"}
     name, *changes = method.label.split(" ")
-    if depth > 1:
-        changes.append(f"depth={depth}")
+    if settings.depth > 1:
+        changes.append(f"depth={settings.depth}")
+    if settings.state_weight != STATE_WEIGHT:
+        changes.append(f"state={settings.state_weight:g}")
     return " ".join([names[name], *changes])
 
 
 def head_plan(cell: Cell, method: Method, target: Model) -> Plan:
     plan = draft_plan(cell, method, target, target)
-    init = {"kind": "EAGLE head", "weights of losses": [STATE_WEIGHT, TOKEN_WEIGHT]}
+    depth, state_weight = cell.settings.depth, cell.settings.state_weight
+    init = {"kind": "EAGLE head", "weights of losses": [state_weight, TOKEN_WEIGHT]}
     name = f"eagle-{plan.name}"
-    if cell.settings.depth > 1:
-        init["depth"] = cell.settings.depth
-        name += f"-depth-{cell.settings.depth}"
+    if depth > 1:
+        init["depth"] = depth
+        name += f"-depth-{depth}"
+    if state_weight != STATE_WEIGHT:
+        name += f"-state-{state_weight:g}"
     if cell.settings.draft_vocab:
         token_ids = frequent_tokens(plan.examples, cell.settings.draft_vocab, cell.ends)
         init["token_ids"] = token_ids.tolist()
@@ -635,6 +651,7 @@ def fit_head(cell: Cell, plan: Plan, target: Model, reference: Model | None = No
         step = eagle_adaspec_step
         reference_loss = open_reference(cell, plan, head.teacher, target, reference)
         step_inputs += [reference_loss, plan.method]
+    step_inputs.append(cell.settings.state_weight)
     options = training_options(cell, plan, folder, settings, validation)
     summary = train(head, plan.examples, step, step_inputs, **options)
     summary["accuracy"] = training_accuracy(
@@ -698,6 +715,11 @@ class EagleSettings(StudySettings):
         whole(),
         "drafts in a row that a head is trained to make: from the second on from its own guesses",
     )
+    state_weight: float = flag(
+        STATE_WEIGHT,
+        decimal(0, math.inf),
+        "of the loss that compares guesses with the target's states; 0 (with --depth 2): none",
+    )
     draft: str | None = None
     draft_layers: int | None = None
     write_with_draft: bool = False
@@ -734,9 +756,11 @@ def parse_arguments(argv) -> tuple[EagleSettings, list[Method]]:
     parser.set_defaults(data="ground-truth")  # a head has no others
     settings, methods = parse_settings(parser, argv, EagleSettings)
     if settings.head:
-        if settings.pairs != ("custom",) or settings.draft_vocab or settings.depth > 1:
+        other_head = settings.draft_vocab or settings.depth > 1
+        if settings.pairs != ("custom",) or other_head or settings.state_weight != STATE_WEIGHT:
             parser.error(
-                "--head is measured as it is: give --target, no --pairs, --draft-vocab or --depth"
+                "--head is measured as it is: give --target, no --pairs, --draft-vocab, --depth "
+                "or --state-weight"
             )
         return replace(settings, methods=("none",), validation_rows=0), []
     if settings.pairs == PRESETS["tiny"]["pairs"]:

@@ -493,6 +493,24 @@ def test_a_step_is_the_mean_over_depths(make_head, examples):
     assert count == len(chosen) and loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_states_loss_has_its_weight(make_head, examples):
+    """In both steps; at 0 a head learns from the distributions alone."""
+    _, states, head = make_head("llama", noise=0)
+    batch = make_batch(examples, list(range(6)), CPU)
+    student, rows = Student(head, 400), torch.arange(len(batch.index))
+    hidden = student.hidden(batch)
+    divergence = 0.1 * student.head.loss(hidden, *token_loss("fkl", states, batch))
+    distance = eagle_loss(student, hidden, batch, states, rows) - divergence
+    reference = Losses(torch.zeros(len(rows)))
+    for weight in (0, 2.5):
+        expected = (divergence + weight * distance).item()
+        loss, _ = eagle_step(student, batch, states, weight)
+        assert distance > 0 and loss.item() == pytest.approx(expected, rel=1e-5)
+        inputs = (reference, Method("adaspec", k=1.0), weight)
+        loss, _ = eagle_adaspec_step(student, batch, states, *inputs)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("k", [None, 0.4])
 @pytest.mark.parametrize("architecture", ["neox", "llama"])
 def test_steps_are_the_losses_written_out(make_head, examples, architecture, k):
@@ -805,13 +823,13 @@ def test_stages_of_a_cell(target_folder, tmp_path, monkeypatch, cache_gb):
         assert costs[label]["accuracy"] == pytest.approx(accuracy, abs=2e-3)
 
 
-def test_heads_of_another_depth_are_others(target_folder, tmp_path, monkeypatch):
-    """In one folder: trained so deep, under a name of their own, and said to be so."""
-    depths, results = [], []
+def test_heads_of_another_depth_or_weight_are_others(target_folder, tmp_path, monkeypatch):
+    """In one folder: trained so, under a name of their own, and said to be so."""
+    trained, results = [], []
 
-    def train_spy(head, *inputs, **options):
-        depths.append(head.depth)
-        return train(head, *inputs, **options)
+    def train_spy(head, examples, step, step_inputs, **options):
+        trained.append((head.depth, step_inputs[-1]))
+        return train(head, examples, step, step_inputs, **options)
 
     monkeypatch.setattr(eagle, "train", train_spy)
     monkeypatch.setattr(eagle, "evaluate_drafts", lambda *evaluation: results.append(evaluation))
@@ -820,17 +838,20 @@ def test_heads_of_another_depth_are_others(target_folder, tmp_path, monkeypatch)
         dtype="float32", out=str(tmp_path / "out"), validation_rows=0,
     )  # fmt: skip
     pairs = {"toy": Pair(str(target_folder), None)}
-    for depth in (1, 3):
-        deeper = replace(settings, depth=depth)
-        cell = prepare_cell("toy", "arithmetic", 0, deeper, CPU, pairs)
+    for depth, weight in ((1, 1.0), (3, 1.0), (3, 0.0)):
+        other = replace(settings, depth=depth, state_weight=weight)
+        cell = prepare_cell("toy", "arithmetic", 0, other, CPU, pairs)
         run_heads(cell, [Method("adaspec")])
-    assert depths == [1, 1, 3, 3]
+    assert trained == [(1, 1.0)] * 2 + [(3, 1.0)] * 2 + [(3, 0.0)] * 2
     heads = [next(iter(heads.items())) for _, _, heads, _, _ in results]
     costs = [next(iter(costs.values())) for _, _, _, costs, _ in results]
-    assert [label for label, _ in heads] == ["EAGLE + AdaSPEC", "EAGLE + AdaSPEC depth=3"]
-    assert [Path(head.path).name for _, head in heads] == ["eagle-adaspec", "eagle-adaspec-depth-3"]
-    assert heads[0][1].fingerprint != heads[1][1].fingerprint
-    assert [cost["depth"] for cost in costs] == [1, 3]
+    changes = ["", " depth=3", " depth=3 state=0"]
+    assert [label for label, _ in heads] == [f"EAGLE + AdaSPEC{change}" for change in changes]
+    suffixes = ["", "-depth-3", "-depth-3-state-0"]
+    assert [Path(head.path).name for _, head in heads] == [f"eagle-adaspec{x}" for x in suffixes]
+    assert len({head.fingerprint for _, head in heads}) == 3
+    settings_of_rows = [(cost["depth"], cost["state_weight"]) for cost in costs]
+    assert settings_of_rows == [(1, 1.0), (3, 1.0), (3, 0.0)]
 
 
 @pytest.mark.parametrize(("target", "is_said"), [("a", False), ("b", True)])
@@ -901,8 +922,10 @@ def test_command_ends_in_the_table_and_uses_heads_again(
         ("--methods none", "unknown name 'none', expected one of distillspec, adaspec, best"),
         ("--pairs pythia", "unknown name 'pythia', expected one of tiny-eagle, custom"),
         ("--head tests", "--head is measured as it is: give --target, no --pairs"),
-        ("--head tests --target x --draft-vocab 9", "no --pairs, --draft-vocab or --depth"),
-        ("--head tests --target x --depth 2", "no --pairs, --draft-vocab or --depth"),
+        ("--head tests --target x --draft-vocab 9", "no --pairs, --draft-vocab, --depth or"),
+        ("--head tests --target x --depth 2", "no --pairs, --draft-vocab, --depth or"),
+        ("--head tests --target x --state-weight 0", "--draft-vocab, --depth or --state-weight"),
+        ("--state-weight -1", "argument --state-weight: must be a number at least 0"),
         ("--pairs custom", "the pair custom needs --target\n"),
         ("--data target", "unrecognized arguments: --data target"),
         ("--divergence tvd", "unrecognized arguments: --divergence tvd"),
