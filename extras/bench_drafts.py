@@ -4,7 +4,8 @@
 
 (bench_decode measures where the time of one draft's decoding goes; this one compares.) Each prompt
 is decoded alone, by each contestant in turn: "alone" (the target, by autoregressive_generate),
-"draft" and "head" (speculative_generate with --draft and with --head), and of transformers
+"draft" and "head" (speculative_generate with --draft and with --head; with --branching also "draft
+tree" and "head tree", by extras.tree.tree_generate), and of transformers
 "generate" (the target), "lookup" (prompt lookup, which needs no draft: it copies up to gamma tokens
 from where the last ones stood before) and "assisted" (assisted generation with --draft, where its
 output head is as large as the target's). All run with packed weights and thin products, where these
@@ -26,6 +27,7 @@ from cli import Parser, decimal, one_of, run_command
 from evaluate import clock, median_interval
 from extras import measure
 from extras.eagle import Eagle
+from extras.tree import child_counts, tree_generate
 from speculative import (
     autoregressive_generate,
     check_prompt,
@@ -64,6 +66,9 @@ def contestants(args, target, draft, head, ends: list[int], vocab_size: int) -> 
         if model is not None:
             drafting = partial(speculative_generate, target, model, gamma=args.gamma, **options)
             calls[name] = lambda ids, drafting=drafting: drafting(ids).sequences
+        if model is not None and args.branching:
+            growing = partial(tree_generate, target, model, branching=args.branching, **options)
+            calls[f"{name} tree"] = lambda ids, growing=growing: growing(ids).sequences
     drafts = [draft] if fits_transformers(target, draft) else []
     measure.make_greedy(target, drafts, ends, args.max_new_tokens, args.gamma)
     sampling = {"do_sample": False}
@@ -132,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--head", help="folder of an EAGLE head of the target")
     add("--dtype", type=one_of(DTYPES), default="float32", help="of all models")
     add("--temperature", type=decimal(0, math.inf), default=0.0, help="0: greedy")
+    add("--branching", type=child_counts, help="trees too: children of a node by depth, as in 3,1")
     measure.add_decoding_flags(parser)
     measure.add_device_flag(parser)
     add("--json", help="write all figures to this file")
@@ -151,9 +157,10 @@ def main(argv: list[str] | None = None) -> None:
         low, high = result["interval"]
         speed = f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})"
         same = f", same text {result['same_text']:.0%}" if args.temperature == 0 else ""
-        print(f"  {name:<9} {speed}, {result['ms_per_token']:.1f} ms a token{same}")
+        print(f"  {name:<10} {speed}, {result['ms_per_token']:.1f} ms a token{same}")
     protocol = {"prompts": source, "count": len(prompts), "max_new_tokens": args.max_new_tokens}
     protocol |= {"gamma": args.gamma, "temperature": args.temperature, "dtype": args.dtype}
+    protocol["branching"] = args.branching
     measure.save(args, {"protocol": protocol | {"device": str(args.device)}, "speeds": results})
 
 

@@ -90,11 +90,13 @@ class TreeLane(Lane):
         """Keep the first `length` slots and those of the path, as far as it was fed."""
         slots = self.cache.get_seq_length()
         path = [slot for slot in path if slot < slots]
-        index = torch.tensor(path, dtype=torch.long, device=self.device)
-        for layer in self.cache.layers:  # the keys are rotated to the right positions already
-            layer.keys[:, :, length : length + len(path)] = layer.keys[:, :, index]
-            layer.values[:, :, length : length + len(path)] = layer.values[:, :, index]
-        self.cache.crop(length + len(path) - slots)
+        end = length + len(path)
+        if path != list(range(length, end)):
+            index = torch.tensor(path, device=self.device)
+            for layer in self.cache.layers:  # the keys are rotated to the right positions already
+                layer.keys[:, :, length:end] = layer.keys[:, :, index]
+                layer.values[:, :, length:end] = layer.values[:, :, index]
+        self.cache.crop(end - slots)
 
 
 def check_takes_masks(model, user: str) -> None:
@@ -313,7 +315,7 @@ def compare(target, draft, prompts, *, branching, gamma, seed=0, **sampling) -> 
 
 
 def child_counts(text: str) -> list[int]:
-    """The type of --branching."""
+    """The type of --branching: children of a node by depth, as in 4,2,2,1."""
     return [whole()(part) for part in text.split(",")]
 
 

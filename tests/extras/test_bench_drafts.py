@@ -11,7 +11,8 @@ from extras.eagle import Eagle
 from models import keep_layers, load_model
 from short_head import shorten_head
 
-NAMES = ["alone", "draft", "head", "generate", "lookup", "assisted"]
+OURS = ["alone", "draft", "draft tree", "head", "head tree"]
+NAMES = [*OURS, "generate", "lookup", "assisted"]
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def flags(tmp_path, make_model, tokenizer):
 
 
 def test_all_write_the_targets_greedy_text(flags, tmp_path, capsys):
-    bench_drafts.main([*flags, "--json", str(tmp_path / "out.json")])
+    bench_drafts.main([*flags, "--branching", "2,2", "--json", str(tmp_path / "out.json")])
     result = json.loads((tmp_path / "out.json").read_text())
     assert list(result["speeds"]) == NAMES and result["protocol"]["count"] == 3
     for speed in result["speeds"].values():
@@ -36,12 +37,13 @@ def test_all_write_the_targets_greedy_text(flags, tmp_path, capsys):
         assert 0 < low <= speed["speedup"] <= high and speed["ms_per_token"] > 0
         assert speed["same_text"] == 1 and len(speed["tokens_per_second"]) == 3
     assert result["speeds"]["alone"]["interval"] == [1, 1]
-    assert "  lookup    " in capsys.readouterr().out
+    assert result["protocol"]["branching"] == [2, 2]
+    assert "  lookup     " in capsys.readouterr().out
 
 
 def test_above_temperature_0_all_sample_alike(make_model):
     target, draft = make_model(initializer_range=0.2), make_model(seed=1)
-    args = SimpleNamespace(max_new_tokens=4, temperature=0.5, gamma=2)
+    args = SimpleNamespace(max_new_tokens=4, temperature=0.5, gamma=2, branching=[2])
     calls = bench_drafts.contestants(args, target, draft, None, [0], 400)
     asked = []
     target.generate = lambda ids, **options: asked.append(options)
@@ -57,7 +59,7 @@ def test_above_temperature_0_all_sample_alike(make_model):
 
 
 def test_transformers_gets_no_draft_that_it_refuses(make_model):
-    args = SimpleNamespace(max_new_tokens=4, temperature=0.0, gamma=2)
+    args = SimpleNamespace(max_new_tokens=4, temperature=0.0, gamma=2, branching=None)
     target = make_model()
     for draft in (
         shorten_head(make_model(seed=1), torch.arange(0, 400, 2)),
