@@ -3,13 +3,12 @@
     python -m extras.bench_drafts --target T --draft D --head H --prompts FILE --dtype bfloat16
 
 (bench_decode measures where the time of one draft's decoding goes; this one compares.) Each prompt
-is decoded alone, by each contestant in turn: "alone" (the target, by autoregressive_generate),
-"draft" and "head" (speculative_generate with --draft and with --head; with --branching also "draft
-tree" and "head tree", by extras.tree.tree_generate), and of transformers
-"generate" (the target), "lookup" (prompt lookup, which needs no draft: it copies up to gamma tokens
-from where the last ones stood before) and "assisted" (assisted generation with --draft, where its
-output head is as large as the target's). All run with packed weights and thin products, where these
-are faster.
+is decoded alone, by each contestant in turn: "alone" (the target), "draft" and "head"
+(speculative_generate with --draft and with --head), trees of both ("head tree 3,1":
+extras.tree.tree_generate with --branching 3,1), and of transformers "generate" (the target),
+"lookup" (prompt lookup, which needs no draft: it copies up to gamma tokens from where the last ones
+stood before) and "assisted" (assisted generation with --draft, where its output head is as large as
+the target's). All run with packed weights and thin products, where these are faster.
 
 Speeds are in tokens per second over those of "alone" at the same prompt: the median over prompts
 and its 95% interval. At temperature 0 all should write the same text; how many do is counted, since
@@ -19,6 +18,7 @@ in bfloat16 a near-tie may fall either way. Above 0 each writes texts of its own
 import math
 import statistics
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ from extras import measure
 from extras.eagle import Eagle
 from extras.tree import child_counts, tree_generate
 from speculative import (
-    autoregressive_generate,
+    Stats,
     check_prompt,
     inference,
     pack_weights,
@@ -58,17 +58,22 @@ def load(args) -> tuple:
 
 
 def contestants(args, target, draft, head, ends: list[int], vocab_size: int) -> dict:
-    """name -> function of a prompt [1, T] that returns sequences."""
+    """name -> function of a prompt [1, T] that returns `sequences`, and our own ones `stats`."""
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     options |= {"eos_token_id": ends, "vocab_size": vocab_size}
-    calls = {"alone": partial(autoregressive_generate, target, **options)}
+    calls = {"alone": partial(speculative_generate, target, None, **options)}
     for name, model in (("draft", draft), ("head", head)):
-        if model is not None:
-            drafting = partial(speculative_generate, target, model, gamma=args.gamma, **options)
-            calls[name] = lambda ids, drafting=drafting: drafting(ids).sequences
-        if model is not None and args.branching:
-            growing = partial(tree_generate, target, model, branching=args.branching, **options)
-            calls[f"{name} tree"] = lambda ids, growing=growing: growing(ids).sequences
+        if model is None:
+            continue
+        calls[name] = partial(speculative_generate, target, model, gamma=args.gamma, **options)
+        for branching in args.branching:
+            tree = f"{name} tree {','.join(map(str, branching))}"
+            calls[tree] = partial(tree_generate, target, model, branching=branching, **options)
+    return calls if args.own else calls | transformers_ways(args, target, draft, ends)
+
+
+def transformers_ways(args, target, draft, ends: list[int]) -> dict:
+    """As `contestants`."""
     drafts = [draft] if fits_transformers(target, draft) else []
     measure.make_greedy(target, drafts, ends, args.max_new_tokens, args.gamma)
     sampling = {"do_sample": False}
@@ -77,13 +82,12 @@ def contestants(args, target, draft, head, ends: list[int], vocab_size: int) -> 
 
     def generate(ids, **drafting):
         with inference(target, *drafts):
-            return target.generate(ids, **sampling, **drafting)
+            return target.generate(ids, return_dict_in_generate=True, **sampling, **drafting)
 
-    calls["generate"] = generate
-    calls["lookup"] = partial(generate, prompt_lookup_num_tokens=args.gamma)
+    ways = {"generate": generate, "lookup": partial(generate, prompt_lookup_num_tokens=args.gamma)}
     if drafts:
-        calls["assisted"] = partial(generate, assistant_model=draft)
-    return calls
+        ways["assisted"] = partial(generate, assistant_model=draft)
+    return ways
 
 
 def fits_transformers(target, draft) -> bool:
@@ -93,36 +97,45 @@ def fits_transformers(target, draft) -> bool:
     return draft.config.vocab_size == target.config.vocab_size
 
 
-def decode_in_turn(calls: dict, prompts: list, ends: list[int], device) -> dict:
-    """name -> (seconds, new tokens) of every prompt. The first prompt is decoded once more before,
-    to warm up."""
+class Turn(NamedTuple):
+    """A prompt, decoded by a contestant."""
+
+    seconds: float
+    tokens: list[int]  # the new ones
+    stats: Stats | None = None  # of our own contestants
+
+
+def decode_in_turn(calls: dict, prompts: list, ends: list[int], device) -> dict[str, list[Turn]]:
+    """By contestant. The first prompt is decoded once more before, to warm up."""
     turns = {name: [] for name in calls}
     for number, ids in enumerate([prompts[0], *prompts]):
         for name in measure.rotated(calls, number):
             torch.manual_seed(number)
             started = clock(device)
-            sequences = calls[name](ids)
+            output = calls[name](ids)
             seconds = clock(device) - started
             if number:
-                tokens = until_end(sequences[0, ids.shape[1] :].tolist(), ends)
-                turns[name].append((seconds, tokens))
+                tokens = until_end(output.sequences[0, ids.shape[1] :].tolist(), ends)
+                turns[name].append(Turn(seconds, tokens, getattr(output, "stats", None)))
     return turns
 
 
-def summary(turns: dict) -> dict:
+def summary(turns: dict[str, list[Turn]]) -> dict:
     """By contestant: the speed-up over "alone" with its interval, milliseconds a token (a median
-    too), the share of prompts where the text is that of "alone", and tokens per second by
-    prompt."""
-    rates = {name: [len(tokens) / s for s, tokens in own] for name, own in turns.items()}
+    too), tau (tokens per target call, of our own), the share of prompts where the text is that of
+    "alone", and tokens per second by prompt."""
+    rates = {name: [len(turn.tokens) / turn.seconds for turn in own] for name, own in turns.items()}
     results = {}
     for name, own_rates in rates.items():
         ratios = [rate / alone for rate, alone in zip(own_rates, rates["alone"], strict=True)]
         pairs = zip(turns[name], turns["alone"], strict=True)
-        same = [tokens == alone for (_, tokens), (_, alone) in pairs]
+        same = [turn.tokens == alone.tokens for turn, alone in pairs]
+        stats = [turn.stats for turn in turns[name] if turn.stats]
         results[name] = {
             "speedup": statistics.median(ratios),
             "interval": median_interval(ratios),
             "ms_per_token": 1000 / statistics.median(own_rates),
+            "tau": sum(stats, Stats()).tau if stats else None,
             "same_text": statistics.mean(same),
             "tokens_per_second": [float(f"{rate:.5g}") for rate in own_rates],
         }
@@ -137,7 +150,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--head", help="folder of an EAGLE head of the target")
     add("--dtype", type=one_of(DTYPES), default="float32", help="of all models")
     add("--temperature", type=decimal(0, math.inf), default=0.0, help="0: greedy")
-    add("--branching", type=child_counts, help="trees too: children of a node by depth, as in 3,1")
+    add(
+        "--branching",
+        type=child_counts,
+        action="append",
+        default=[],
+        help="a tree too, with so many children of a node by depth, as in 3,1; again for another",
+    )
+    add("--own", action="store_true", help="without transformers' own ways")
     measure.add_decoding_flags(parser)
     measure.add_device_flag(parser)
     add("--json", help="write all figures to this file")
@@ -156,11 +176,14 @@ def main(argv: list[str] | None = None) -> None:
     for name, result in results.items():
         low, high = result["interval"]
         speed = f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})"
-        same = f", same text {result['same_text']:.0%}" if args.temperature == 0 else ""
-        print(f"  {name:<10} {speed}, {result['ms_per_token']:.1f} ms a token{same}")
+        line = f"  {name:<14} {speed}, {result['ms_per_token']:.1f} ms a token"
+        if result["tau"]:
+            line += f", tau {result['tau']:.2f}"
+        if args.temperature == 0:
+            line += f", same text {result['same_text']:.0%}"
+        print(line)
     protocol = {"prompts": source, "count": len(prompts), "max_new_tokens": args.max_new_tokens}
     protocol |= {"gamma": args.gamma, "temperature": args.temperature, "dtype": args.dtype}
-    protocol["branching"] = args.branching
     measure.save(args, {"protocol": protocol | {"device": str(args.device)}, "speeds": results})
 
 

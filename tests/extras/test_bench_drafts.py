@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from extras import bench_drafts, measure
+from extras.bench_drafts import Turn
 from extras.eagle import Eagle
 from models import keep_layers, load_model
 from short_head import shorten_head
+from speculative import Stats
 
-OURS = ["alone", "draft", "draft tree", "head", "head tree"]
-NAMES = [*OURS, "generate", "lookup", "assisted"]
+OURS = ["alone", "draft", "draft tree 2,2", "draft tree 1", "head", "head tree 2,2", "head tree 1"]
+TRANSFORMERS = ["generate", "lookup", "assisted"]
 
 
 @pytest.fixture
@@ -29,37 +31,51 @@ def flags(tmp_path, make_model, tokenizer):
 
 
 def test_all_write_the_targets_greedy_text(flags, tmp_path, capsys):
-    bench_drafts.main([*flags, "--branching", "2,2", "--json", str(tmp_path / "out.json")])
+    trees = ["--branching", "2,2", "--branching", "1"]
+    bench_drafts.main([*flags, *trees, "--json", str(tmp_path / "out.json")])
     result = json.loads((tmp_path / "out.json").read_text())
-    assert list(result["speeds"]) == NAMES and result["protocol"]["count"] == 3
-    for speed in result["speeds"].values():
+    speeds = result["speeds"]
+    assert list(speeds) == [*OURS, *TRANSFORMERS] and result["protocol"]["count"] == 3
+    for speed in speeds.values():
         low, high = speed["interval"]
         assert 0 < low <= speed["speedup"] <= high and speed["ms_per_token"] > 0
         assert speed["same_text"] == 1 and len(speed["tokens_per_second"]) == 3
-    assert result["speeds"]["alone"]["interval"] == [1, 1]
-    assert result["protocol"]["branching"] == [2, 2]
-    assert "  lookup     " in capsys.readouterr().out
+    assert speeds["alone"]["interval"] == [1, 1] and speeds["alone"]["tau"] == 1
+    for name in ("draft", "head"):
+        narrow, wide = speeds[f"{name} tree 1"]["tau"], speeds[f"{name} tree 2,2"]["tau"]
+        assert narrow <= speeds[name]["tau"] <= wide
+    assert all(speeds[name]["tau"] is None for name in TRANSFORMERS)
+    assert "  lookup         " in capsys.readouterr().out
+
+
+def test_own_ways_alone(flags, capsys):
+    bench_drafts.main([*flags, "--own"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[0] for line in lines] == ["alone", "draft", "head"]
 
 
 def test_above_temperature_0_all_sample_alike(make_model):
     target, draft = make_model(initializer_range=0.2), make_model(seed=1)
-    args = SimpleNamespace(max_new_tokens=4, temperature=0.5, gamma=2, branching=[2])
+    args = SimpleNamespace(
+        max_new_tokens=4, temperature=0.5, gamma=2, branching=[[2, 1]], own=False
+    )
     calls = bench_drafts.contestants(args, target, draft, None, [0], 400)
     asked = []
     target.generate = lambda ids, **options: asked.append(options)
-    for name in ("generate", "lookup", "assisted"):
+    for name in TRANSFORMERS:
         calls[name](torch.tensor([[5]]))
     sampling = {"do_sample": True, "temperature": 0.5, "top_k": 0}
+    sampling["return_dict_in_generate"] = True
     own = [{}, {"prompt_lookup_num_tokens": 2}, {"assistant_model": draft}]
     assert asked == [sampling | options for options in own]
     del target.generate
     for call in calls.values():
-        texts = {tuple(call(torch.tensor([[5]]))[0].tolist()) for _ in range(8)}
+        texts = {tuple(call(torch.tensor([[5]])).sequences[0].tolist()) for _ in range(8)}
         assert len(texts) > 4
 
 
 def test_transformers_gets_no_draft_that_it_refuses(make_model):
-    args = SimpleNamespace(max_new_tokens=4, temperature=0.0, gamma=2, branching=None)
+    args = SimpleNamespace(max_new_tokens=4, temperature=0.0, gamma=2, branching=[], own=False)
     target = make_model()
     for draft in (
         shorten_head(make_model(seed=1), torch.arange(0, 400, 2)),
@@ -71,15 +87,17 @@ def test_transformers_gets_no_draft_that_it_refuses(make_model):
 
 def test_speeds_are_medians_over_prompts():
     text = [7] * 10
+    stats = Stats(target_calls=4, generated=10)
     turns = {
-        "alone": [(1.0, text), (0.5, text), (0.25, text)],
-        "draft": [(0.5, text), (1 / 6, text), (0.25, [*text[:9], 8])],
+        "alone": [Turn(1.0, text), Turn(0.5, text), Turn(0.25, text)],
+        "draft": [Turn(0.5, text), Turn(1 / 6, text, stats), Turn(0.25, [*text[:9], 8], stats)],
     }
     results = bench_drafts.summary(turns)
     assert results["draft"]["speedup"] == pytest.approx(2.0)
     assert results["draft"]["interval"] == pytest.approx((1.0, 3.0))
     assert results["draft"]["same_text"] == pytest.approx(2 / 3)
     assert results["alone"]["ms_per_token"] == 50.0 and results["draft"]["ms_per_token"] == 25.0
+    assert results["alone"]["tau"] is None and results["draft"]["tau"] == 2.5
 
 
 def test_turns_rotate_and_tokens_count_up_to_the_end(monkeypatch):
@@ -89,13 +107,13 @@ def test_turns_rotate_and_tokens_count_up_to_the_end(monkeypatch):
 
     def call(name):
         order.append(name)
-        return torch.tensor([[5, 6, 7, 0, 9]])
+        return SimpleNamespace(sequences=torch.tensor([[5, 6, 7, 0, 9]]), stats=name)
 
     calls = {name: lambda ids, n=name: call(n) for name in ("alone", "draft")}
     prompts = [torch.tensor([[5]])] * 2
     turns = bench_drafts.decode_in_turn(calls, prompts, [0], measure.device("cpu"))
     assert order == ["alone", "draft", "draft", "alone", "alone", "draft"]
-    assert turns == {name: [(1.0, [6, 7, 0])] * 2 for name in calls}
+    assert turns == {name: [Turn(1.0, [6, 7, 0], name)] * 2 for name in calls}
 
 
 def test_a_chat_of_ones_own_ends_with_its_turn(tmp_path):
