@@ -4,8 +4,8 @@
 
 (bench_decode measures where the time of one draft's decoding goes; this one compares.) Each prompt
 is decoded alone, by each contestant in turn: "alone" (the target), "draft" and "head"
-(speculative_generate with --draft and with --head), trees of both ("head tree 3,1":
-extras.tree.tree_generate with --branching 3,1), and of transformers "generate" (the target),
+(speculative_generate with --draft and with --head), trees of both (extras.tree: "head tree 3,1"
+with --branching 3,1, "head beam 3,2" with --beam 3,2), and of transformers "generate" (the target),
 "lookup" (prompt lookup, which needs no draft: it copies up to gamma tokens from where the last ones
 stood before) and "assisted" (assisted generation with --draft, where its output head is as large as
 the target's). All run with packed weights and thin products, where these are faster.
@@ -27,7 +27,7 @@ from cli import Parser, decimal, one_of, run_command
 from evaluate import clock, median_interval
 from extras import measure
 from extras.eagle import Eagle
-from extras.tree import child_counts, tree_generate
+from extras.tree import node_counts, tree_generate
 from speculative import (
     Stats,
     check_prompt,
@@ -66,9 +66,11 @@ def contestants(args, target, draft, head, ends: list[int], vocab_size: int) -> 
         if model is None:
             continue
         calls[name] = partial(speculative_generate, target, model, gamma=args.gamma, **options)
-        for branching in args.branching:
-            tree = f"{name} tree {','.join(map(str, branching))}"
-            calls[tree] = partial(tree_generate, target, model, branching=branching, **options)
+        for kind, trees in (("tree", args.branching), ("beam", args.beam)):
+            for branching in trees:
+                shape = {"branching": branching, "beam": kind == "beam"}
+                label = f"{name} {kind} {','.join(map(str, branching))}"
+                calls[label] = partial(tree_generate, target, model, **shape, **options)
     return calls if args.own else calls | transformers_ways(args, target, draft, ends)
 
 
@@ -150,13 +152,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--head", help="folder of an EAGLE head of the target")
     add("--dtype", type=one_of(DTYPES), default="float32", help="of all models")
     add("--temperature", type=decimal(0, math.inf), default=0.0, help="0: greedy")
-    add(
-        "--branching",
-        type=child_counts,
-        action="append",
-        default=[],
-        help="a tree too, with so many children of a node by depth, as in 3,1; again for another",
-    )
+    tree = {"type": node_counts, "action": "append", "default": []}
+    add("--branching", **tree, help="a tree too: children of a node, as in 3,1; again for another")
+    add("--beam", **tree, help="a tree with so many nodes on a level, as in 3,2; again for another")
     add("--own", action="store_true", help="without transformers' own ways")
     measure.add_decoding_flags(parser)
     measure.add_device_flag(parser)

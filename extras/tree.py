@@ -7,8 +7,14 @@ with idle arithmetic these are nearly free, on a CPU they are not: look at secon
 tau alone.
 
     out = tree_generate(target, draft, input_ids, branching=(4, 2, 2, 1), max_new_tokens=128)
+    out = tree_generate(target, draft, input_ids, branching=(3, 2), beam=True, max_new_tokens=128)
 
     python -m extras.tree --target DIR_OR_HUB_ID --draft DIR_OR_HUB_ID  # alone, chain and tree
+
+The first tree has 4 children under the text and 2 under each of them, 28 nodes on four levels. The
+second has a level of 3 nodes and one of 2: with `beam` the draft keeps of every level the nodes
+that it finds likeliest, whoever their parents are (EAGLE-2, arXiv 2406.16858, without its cut over
+all levels), and so puts few nodes where they count.
 
 A node must see the text and its own ancestors only. The one way to say so that models share is a
 4-D additive attention_mask with position_ids. GPT-NeoX, Llama, Phi (eager and sdpa) and CodeGen (it
@@ -150,23 +156,44 @@ def draw_children(q, b: int, generator) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(tokens, 1), torch.cat(exist, 1)
 
 
-def draft_tree(lane: TreeLane, text: list[int], branching, sampling, generator) -> Tree:
+def likeliest_children(
+    logits, parents_log_q, count: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `count` likeliest children of n nodes, from their logits [n, V] and their own
+    log-probabilities [n]: parents, tokens and log-probabilities, [<= count] each; none of
+    probability 0."""
+    log_q = (logits.float() / (temperature or 1)).log_softmax(-1)
+    children = (parents_log_q[:, None] + log_q).flatten()
+    log_q, index = children.topk(min(count, len(children)))
+    exist = log_q > -math.inf
+    index = index[exist]
+    vocab_size = logits.shape[1]
+    return index // vocab_size, index % vocab_size, log_q[exist]
+
+
+def draft_tree(
+    lane: TreeLane, text: list[int], branching, sampling, generator, beam: bool = False
+) -> Tree:
     """Draft a tree under the text, one draft call a level. sampling: temperature, top_k, top_p."""
     tree = Tree(text[-1:])
     tree.visible.append(lane.causal(len(text)))
     level = lane.missing(text)
     first, n = 0, 1  # the nodes of the level above
+    log_q = torch.zeros(1, device=lane.device)  # of these
     for b in branching:
         logits = lane.forward(level, tree.visible[-1], n)
-        if sampling[0] > 0:
-            q = distribution(logits, *sampling)
-            tree.q.extend(q)
-            tokens, exist = draw_children(q, b, generator)
+        if beam:
+            parents, level, log_q = likeliest_children(logits, log_q, b, sampling[0])
         else:
-            tokens = logits.topk(min(b, logits.shape[-1])).indices
-            exist = torch.ones_like(tokens, dtype=torch.bool)
-        level = tokens[exist]
-        parents = exist.nonzero()[:, 0]
+            if sampling[0] > 0:
+                q = distribution(logits, *sampling)
+                tree.q.extend(q)
+                tokens, exist = draw_children(q, b, generator)
+            else:
+                tokens = logits.topk(min(b, logits.shape[-1])).indices
+                exist = torch.ones_like(tokens, dtype=torch.bool)
+            level = tokens[exist]
+            parents = exist.nonzero()[:, 0]
         lane.descend(parents)
         itself = torch.eye(len(level), dtype=torch.bool, device=level.device)
         tree.visible.append(torch.cat([tree.visible[-1][-n:][parents], itself], 1))
@@ -183,15 +210,25 @@ def score_tree(lane: TreeLane, text: list[int], tree: Tree) -> torch.Tensor:
     return lane.forward(lane.missing(text) + tree.tokens[1:], visible, len(tree.tokens))
 
 
+def own_token(logits, sampling, generator) -> int:
+    """A token of the target's own, from its logits [V]."""
+    if sampling[0] == 0:
+        return int(logits.argmax())
+    p = distribution(logits, *sampling)
+    uniform = torch.rand(1, 1, dtype=torch.float64, device=p.device, generator=generator)
+    return int(draw(p[None], uniform))
+
+
 def judge(logits, q, drafts: list[int], sampling, generator) -> tuple[int | None, int]:
     """The rule at one node: (index of the accepted child, its token), or (None, the target's own).
 
     logits [V] of the target; drafts: the children's tokens in the order drawn from q [V]. Recursive
     rejection sampling: what p loses to a rejected child, max(p - q, 0), is what the next is judged
-    by, against q without the tokens already drawn.
+    by, against q without the tokens already drawn. q None: no chance chose the children, and the
+    one that is the target's own token is accepted.
     """
-    if sampling[0] == 0:
-        own = int(logits.argmax())
+    if q is None:
+        own = own_token(logits, sampling, generator)
         return (drafts.index(own) if own in drafts else None), own
     p = distribution(logits, *sampling)
     draws = len(drafts) + 1
@@ -222,17 +259,19 @@ def accept_path(logits, tree: Tree, sampling, generator) -> tuple[list[int], lis
 
 
 def tree_generate(
-    target, draft, input_ids, *, branching=(4, 2, 2, 1), max_new_tokens, temperature=0.0, top_k=0,
-    top_p=1.0, eos_token_id=None, generator=None, vocab_size=None,
+    target, draft, input_ids, *, branching=(4, 2, 2, 1), beam=False, max_new_tokens,
+    temperature=0.0, top_k=0, top_p=1.0, eos_token_id=None, generator=None, vocab_size=None,
 ) -> SpeculativeOutput:  # fmt: skip
     """Decode one row as the target would, verifying a tree of drafts a target call (SpecInfer, Miao
     et al. 2023).
 
     Temperature 0: a node's children are the draft's likeliest tokens, and the path follows the
     target's argmax. Above 0: children are drawn without replacement and judged in turn, which
-    leaves the target's distribution (Recursive Speculative Decoding, Jeon et al. 2024). A round
-    costs len(branching) draft calls and one target call of at most 1 + b0 + b0 b1 + ... positions,
-    and waits for the device at every draft call and at every node or child that is judged.
+    leaves the target's distribution (Recursive Speculative Decoding, Jeon et al. 2024); with `beam`
+    they are the likeliest ones here too, and the path follows the target's own draws. A round costs
+    len(branching) draft calls and one target call of at most 1 + b0 + b0 b1 + ... positions (with
+    `beam` 1 + b0 + b1 + ...), and waits for the device at every draft call and at every node or
+    child that is judged.
 
     Stats count levels of the tree, not nodes, so that a branching of all ones counts as
     `speculative_generate` does: drafted = levels the row could use, accepted = tokens along the
@@ -242,6 +281,8 @@ def tree_generate(
     Args: as in `speculative_generate`, but for
         input_ids: [1, T]. branching: branching[d] children for every node at depth d (the root has
             depth 0), fewer where q has fewer tokens (top_k, top_p, a small vocabulary).
+        beam: branching[d] is the number of all nodes below depth d instead, those that the draft
+            finds likeliest after the text.
 
     Raises:
         ValueError: as `speculative_generate`; more than one row; a branching < 1; a model that
@@ -265,7 +306,7 @@ def tree_generate(
             length = len(text)
             # A round's last token is the target's own, and no level is of use beyond it.
             depth = min(len(branching), limit - length - 1) if draft_lane.ready else 0
-            tree = draft_tree(draft_lane, text, branching[:depth], sampling, generator)
+            tree = draft_tree(draft_lane, text, branching[:depth], sampling, generator, beam)
             logits = score_tree(target_lane, text, tree)
             path, tokens = accept_path(logits, tree, sampling, generator)
             new = until_end(tokens, ends)
@@ -282,16 +323,21 @@ def tree_generate(
 # Comparison: the target alone, a chain and a tree
 
 
-def compare(target, draft, prompts, *, branching, gamma, seed=0, **sampling) -> dict[str, dict]:
+def compare(
+    target, draft, prompts, *, branching, gamma, beam=False, seed=0, **sampling
+) -> dict[str, dict]:
     """The target alone, a chain and a tree on the same prompts [1, T], in turn: counts, rates and
     seconds per token. tau is per target call, and so at equal target calls; positions = what a
     target call scores beside the prompt, at most."""
     nodes = sum(math.prod(branching[: depth + 1]) for depth in range(len(branching)))
-    tree = f"tree {','.join(map(str, branching))}"
+    if beam:
+        nodes = sum(branching)
+    tree = f"{'beam' if beam else 'tree'} {','.join(map(str, branching))}"
+    shape = {"branching": branching, "beam": beam}
     ways = {  # name: positions, the function, its models and its settings
         "target alone": (1, speculative_generate, (target, None), {}),
         f"chain {gamma}": (gamma + 1, speculative_generate, (target, draft), {"gamma": gamma}),
-        tree: (nodes + 1, tree_generate, (target, draft), {"branching": branching}),
+        tree: (nodes + 1, tree_generate, (target, draft), shape),
     }
     stats = {name: [] for name in ways}
     seconds = dict.fromkeys(ways, 0.0)
@@ -314,8 +360,8 @@ def compare(target, draft, prompts, *, branching, gamma, seed=0, **sampling) -> 
     return result
 
 
-def child_counts(text: str) -> list[int]:
-    """The type of --branching: children of a node by depth, as in 4,2,2,1."""
+def node_counts(text: str) -> list[int]:
+    """The type of --branching: numbers by depth, as in 4,2,2,1."""
     return [whole()(part) for part in text.split(",")]
 
 
@@ -326,7 +372,8 @@ def parse_arguments(argv: list[str] | None):
     add("--draft", required=True, help="folder or Hub id of the draft")
     add("--prompts", help='JSON lines with a "prompt" each; without it the offline test rows')
     add("--limit", type=whole(), default=20, help="the first so many prompts")
-    add("--branching", type=child_counts, default="4,2,2,1", help="children of a node, by depth")
+    add("--branching", type=node_counts, default="4,2,2,1", help="children of a node, by depth")
+    add("--beam", action="store_true", help="--branching counts the nodes of a level instead")
     add("--gamma", type=whole(), help="drafts of the chain; without it as deep as the tree")
     add("--temperature", type=float, default=0.0, help="0 = greedy")
     add("--max-new-tokens", type=whole(), default=64, help="tokens written at most, a prompt")
@@ -355,7 +402,8 @@ def main(argv: list[str] | None = None) -> None:
     sampling |= {"eos_token_id": ends, "vocab_size": len(tokenizer)}
     tokens = [prompt_tokens(text, tokenizer) for text in texts[: args.limit]]
     prompts = [torch.tensor([ids], dtype=torch.long, device=device) for ids in tokens]
-    settings = {"branching": args.branching, "gamma": gamma, "seed": args.seed, **sampling}
+    settings = {"branching": args.branching, "beam": args.beam, "gamma": gamma, "seed": args.seed}
+    settings |= sampling
     result = compare(target, draft, prompts, **settings)
     if args.json:
         print(json.dumps({**vars(args), "device": str(device), "ways": result}))

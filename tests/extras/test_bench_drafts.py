@@ -13,7 +13,9 @@ from models import keep_layers, load_model
 from short_head import shorten_head
 from speculative import Stats
 
-OURS = ["alone", "draft", "draft tree 2,2", "draft tree 1", "head", "head tree 2,2", "head tree 1"]
+OURS = ["alone"]
+for model in ("draft", "head"):
+    OURS += [model, f"{model} tree 2,2", f"{model} tree 1", f"{model} beam 2,4"]
 TRANSFORMERS = ["generate", "lookup", "assisted"]
 
 
@@ -31,7 +33,7 @@ def flags(tmp_path, make_model, tokenizer):
 
 
 def test_all_write_the_targets_greedy_text(flags, tmp_path, capsys):
-    trees = ["--branching", "2,2", "--branching", "1"]
+    trees = ["--branching", "2,2", "--branching", "1", "--beam", "2,4"]
     bench_drafts.main([*flags, *trees, "--json", str(tmp_path / "out.json")])
     result = json.loads((tmp_path / "out.json").read_text())
     speeds = result["speeds"]
@@ -56,9 +58,8 @@ def test_own_ways_alone(flags, capsys):
 
 def test_above_temperature_0_all_sample_alike(make_model):
     target, draft = make_model(initializer_range=0.2), make_model(seed=1)
-    args = SimpleNamespace(
-        max_new_tokens=4, temperature=0.5, gamma=2, branching=[[2, 1]], own=False
-    )
+    args = SimpleNamespace(max_new_tokens=4, temperature=0.5, gamma=2, own=False)
+    args.branching, args.beam = [[2, 1]], [[2, 2]]
     calls = bench_drafts.contestants(args, target, draft, None, [0], 400)
     asked = []
     target.generate = lambda ids, **options: asked.append(options)
@@ -75,7 +76,8 @@ def test_above_temperature_0_all_sample_alike(make_model):
 
 
 def test_transformers_gets_no_draft_that_it_refuses(make_model):
-    args = SimpleNamespace(max_new_tokens=4, temperature=0.0, gamma=2, branching=[], own=False)
+    args = SimpleNamespace(max_new_tokens=4, temperature=0.0, gamma=2, own=False)
+    args.branching, args.beam = [], []
     target = make_model()
     for draft in (
         shorten_head(make_model(seed=1), torch.arange(0, 400, 2)),

@@ -232,8 +232,8 @@ def test_a_heads_products_are_thin_too(heads, short, is_short, monkeypatch):
     assert torch.equal(output.sequences, plain.sequences) and output.stats == plain.stats
 
 
-@pytest.mark.parametrize("name", ["neox", "llama"])
-def test_every_node_of_a_tree_is_drafted_from_its_parents_guess(heads, monkeypatch, name):
+@pytest.mark.parametrize(("name", "beam"), [("neox", False), ("llama", False), ("llama", True)])
+def test_every_node_of_a_tree_is_drafted_from_its_parents_guess(heads, monkeypatch, name, beam):
     target, head = heads[name]
     calls, forward = [], eagle.HeadTreeLane.forward
 
@@ -242,7 +242,7 @@ def test_every_node_of_a_tree_is_drafted_from_its_parents_guess(heads, monkeypat
         return calls[-1][2]
 
     monkeypatch.setattr(eagle.HeadTreeLane, "forward", spy)
-    out = tree_generate(target, head, PROMPT, branching=(3, 2, 1), max_new_tokens=8)
+    out = tree_generate(target, head, PROMPT, branching=(3, 2, 1), beam=beam, max_new_tokens=8)
     text = out.sequences[0].tolist()
     for tokens, visible, logits in calls:
         if isinstance(tokens, list):  # a round begins: the text so far

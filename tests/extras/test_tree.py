@@ -108,6 +108,55 @@ def test_branching_beyond_the_vocabulary(small):
         assert out.stats.rejected == 0 and out.stats.tau == 3
 
 
+def slow_beam(draft, text, widths, temperature):
+    """The drafts [d] of all nodes of a tree with `beam`, level by level, the likeliest first,
+    without trees, masks or caches."""
+    levels, nodes = [], [([], 0.0)]
+    for width in widths:
+        children = []
+        for drafts, log_q in nodes:
+            with torch.no_grad():
+                logits = draft(torch.tensor([text + drafts])).logits[0, -1]
+            log_p = (logits / (temperature or 1)).log_softmax(-1).tolist()
+            children += [([*drafts, token], log_q + value) for token, value in enumerate(log_p)]
+        nodes = sorted(children, key=lambda child: -child[1])[:width]
+        levels.append([drafts for drafts, _ in nodes])
+    return levels
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_beam_is_the_likeliest_nodes_of_every_level(pairs, name, temperature):
+    _, half = pairs[name]
+    for text in ([5, 0, 39, 7, 0], [3]):
+        lane = tree.TreeLane(half, torch.tensor([text]), 40)
+        sampling = (temperature, 0, 1.0)
+        with torch.inference_mode():
+            drafted = tree.draft_tree(lane, text, (4, 3, 5), sampling, None, beam=True)
+        drafts = {0: []}
+        for node, children in enumerate(drafted.children):
+            drafts |= {child: [*drafts[node], drafted.tokens[child]] for child in children}
+        nodes = [drafts[node] for node in range(1, len(drafts))]
+        assert [nodes[:4], nodes[4:7], nodes[7:]] == slow_beam(half, text, (4, 3, 5), temperature)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_with_a_beam_is_the_targets_own(pairs, name):
+    """With all tokens of a level of one node, the counts are those of a chain."""
+    target, half = pairs[name]
+    expected = autoregressive_generate(target, PROMPT, max_new_tokens=30)
+    settings = {"max_new_tokens": 30, "beam": True}
+    for draft in (half, build(name, seed=77)):
+        for branching in ((3, 2), (2, 4, 3)):
+            out = tree_generate(target, draft, PROMPT, branching=branching, **settings)
+            assert torch.equal(out.sequences, expected)
+        chain = speculative_generate(target, draft, PROMPT, gamma=3, max_new_tokens=30)
+        out = tree_generate(target, draft, PROMPT, branching=(1, 1, 1), **settings)
+        assert out.stats == chain.stats
+    wide = tree_generate(target, half, PROMPT, branching=(4, 4, 4), **settings)
+    assert wide.stats.tau > chain.stats.tau
+
+
 @pytest.mark.parametrize("max_new_tokens", range(1, 10))
 def test_limit_inside_a_path(pairs, max_new_tokens):
     target, half = pairs["neox"]
@@ -195,9 +244,18 @@ def test_one_target_call_a_round(pairs):
     assert calls["target"][:2] == [5 + 3 + 6 + 6, 1 + 3 + 6 + 6] and calls["draft"][:3] == [5, 3, 6]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_beam_counts_the_nodes_of_a_level(pairs):
+    target, half = pairs["llama"]
+    calls = []
+    hook = target.register_forward_hook(lambda _, args, __: calls.append(args[0].shape[1]))
+    tree_generate(target, half, PROMPT, branching=(3, 2, 4), beam=True, max_new_tokens=30)
+    hook.remove()
+    assert calls[:2] == [5 + 3 + 2 + 4, 1 + 3 + 2 + 4]
+
+
+@pytest.mark.parametrize(("temperature", "beam"), [(0.0, False), (1.0, False), (1.0, True)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_caches_hold_a_prefix_of_the_text(pairs, monkeypatch, name, temperature):
+def test_caches_hold_a_prefix_of_the_text(pairs, monkeypatch, name, temperature, beam):
     target, half = pairs[name]
     states, rollback = [], tree.TreeLane.rollback
 
@@ -208,6 +266,7 @@ def test_caches_hold_a_prefix_of_the_text(pairs, monkeypatch, name, temperature)
 
     monkeypatch.setattr(tree.TreeLane, "rollback", spy)
     settings = {"branching": (3, 2, 1), "max_new_tokens": 40, "temperature": temperature}
+    settings["beam"] = beam
     settings["generator"] = torch.Generator().manual_seed(0)
     text = tree_generate(target, half, PROMPT, **settings).sequences
     assert max(accepted for _, accepted, _ in states) >= 2  # slots were moved, not only dropped
@@ -259,10 +318,13 @@ def decode_texts(target, draft, prompt, n, texts, **settings):
         ((4,), {"top_k": 2}, 5),  # q has fewer tokens than the tree has children
         ((3, 1), {"top_p": 0.8}, 5),
         ((3, 1), {}, 2),  # a short head
+        ((2, 3), {"beam": True}, 5),
+        ((2, 3), {"beam": True, "top_k": 3}, 5),
+        ((3, 1), {"beam": True}, 2),
     ],
 )
 def test_sampling_is_lossless(small, branching, sampling, tokens):
-    """Every continuation of 2 tokens against its exact probability; false alarms 1e-4 for each of 3
+    """Every continuation of 2 tokens against its exact probability; false alarms 1e-4 for each of 6
     cases."""
     target, draft, _ = small
     if tokens < 5:
@@ -271,6 +333,7 @@ def test_sampling_is_lossless(small, branching, sampling, tokens):
     sampling = {"temperature": 1.0, **sampling}
     texts, stats = decode_texts(target, draft, prompt, 2, 300, branching=branching, **sampling)
     codes = torch.tensor([5 * text[3] + text[4] for text in texts])
+    sampling.pop("beam", None)
     exact = enumerate_texts(target, prompt, 2, 5, **sampling)
     statistic, critical = chi_square(torch.bincount(codes, minlength=25).double(), exact * 300)
     assert statistic < critical
@@ -278,14 +341,15 @@ def test_sampling_is_lossless(small, branching, sampling, tokens):
 
 
 @pytest.mark.parametrize(
-    ("branching", "temperature"), [((3, 2, 1), 1.0), ((1, 1), 1.4), ((5, 2), 0.8)]
+    ("branching", "temperature", "beam"),
+    [((3, 2, 1), 1.0, False), ((1, 1), 1.4, False), ((5, 2), 0.8, False), ((2, 3, 1), 1.0, True)],
 )
-def test_long_runs_stay_the_targets(small, branching, temperature):
+def test_long_runs_stay_the_targets(small, branching, temperature, beam):
     """Two martingales over 8 texts of 50 tokens within 4.5 standard deviations; false alarms
-    1.4e-5 for each of 3 cases. (5, 2): the first children are the whole vocabulary."""
+    1.4e-5 for each of 4 cases. (5, 2): the first children are the whole vocabulary."""
     target, _, unrelated = small
     prompt = torch.tensor([[1, 0, 3]])
-    settings = {"branching": branching, "temperature": temperature}
+    settings = {"branching": branching, "temperature": temperature, "beam": beam}
     texts, stats = decode_texts(target, unrelated, prompt, 50, 8, **settings)
     assert stats.accepted > 100 and stats.rejected > 20
     assert max(map(abs, martingales(target, unrelated, texts, [3] * 8, temperature))) < 4.5
@@ -440,6 +504,9 @@ def test_command_line_compares(folders, capsys, tmp_path):
         assert ways["target alone"]["tau"] == 1
     assert ways["tree 3,2"]["generated"] == ways["chain 2"]["generated"]
     assert ways["tree 3,2"]["tau"] >= ways["chain 2"]["tau"]
+    tree.main([*models, "--limit", "2", "--branching", "3,2", "--beam", "--json"])
+    beam = json.loads(capsys.readouterr().out)["ways"]["beam 3,2"]
+    assert beam["positions"] == 6 and beam["tau"] > 1
     tree.main([*models, "--limit", "2", "--gamma", "5"])
     out = capsys.readouterr().out
     assert "chain 5" in out and "tree 4,2,2,1" in out and "45 positions" in out
