@@ -58,7 +58,8 @@ def load(args) -> tuple:
 
 
 def contestants(args, target, draft, head, ends: list[int], vocab_size: int) -> dict:
-    """name -> function of a prompt [1, T] that returns `sequences`, and our own ones `stats`."""
+    """name -> function of a prompt [1, T], whose result has `sequences`, and `stats` where it is
+    ours."""
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     options |= {"eos_token_id": ends, "vocab_size": vocab_size}
     calls = {"alone": partial(speculative_generate, target, None, **options)}
@@ -67,7 +68,7 @@ def contestants(args, target, draft, head, ends: list[int], vocab_size: int) -> 
             continue
         calls[name] = partial(speculative_generate, target, model, gamma=args.gamma, **options)
         for kind, trees in (("tree", args.branching), ("beam", args.beam)):
-            for branching in trees:
+            for branching in trees or []:
                 shape = {"branching": branching, "beam": kind == "beam"}
                 label = f"{name} {kind} {','.join(map(str, branching))}"
                 calls[label] = partial(tree_generate, target, model, **shape, **options)
@@ -75,7 +76,7 @@ def contestants(args, target, draft, head, ends: list[int], vocab_size: int) -> 
 
 
 def transformers_ways(args, target, draft, ends: list[int]) -> dict:
-    """As `contestants`."""
+    """transformers' own contestants. Sets the models' generation_config."""
     drafts = [draft] if fits_transformers(target, draft) else []
     measure.make_greedy(target, drafts, ends, args.max_new_tokens, args.gamma)
     sampling = {"do_sample": False}
@@ -152,9 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--head", help="folder of an EAGLE head of the target")
     add("--dtype", type=one_of(DTYPES), default="float32", help="of all models")
     add("--temperature", type=decimal(0, math.inf), default=0.0, help="0: greedy")
-    tree = {"type": node_counts, "action": "append", "default": []}
-    add("--branching", **tree, help="a tree too: children of a node, as in 3,1; again for another")
-    add("--beam", **tree, help="a tree with so many nodes on a level, as in 3,2; again for another")
+    shapes = {"type": node_counts, "action": "append"}
+    add("--branching", **shapes, help="a tree: children of a node, as in 3,1; again for another")
+    add("--beam", **shapes, help="a tree with so many nodes a level, as in 3,2; again for another")
     add("--own", action="store_true", help="without transformers' own ways")
     measure.add_decoding_flags(parser)
     measure.add_device_flag(parser)
@@ -171,10 +172,11 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(prompts)} prompts ({source}), gamma {args.gamma}, temperature {args.temperature:g}"
     )
     print("tokens per second over those of the target alone: median over prompts (95% interval)")
+    width = max(map(len, results))
     for name, result in results.items():
         low, high = result["interval"]
         speed = f"{result['speedup']:.2f} ({low:.2f} to {high:.2f})"
-        line = f"  {name:<14} {speed}, {result['ms_per_token']:.1f} ms a token"
+        line = f"  {name:<{width}} {speed}, {result['ms_per_token']:.1f} ms a token"
         if result["tau"]:
             line += f", tau {result['tau']:.2f}"
         if args.temperature == 0:

@@ -9,8 +9,8 @@ The first trains a head on all response tokens (method distillspec, "EAGLE") and
 (method adaspec, "EAGLE + AdaSPEC"), whose reference is a head of the first kind, and compares them;
 best is EAGLE in small batches, with a rate that decays and the reference's epochs too. The second
 does so for a model of one's own, the third measures a head that is there. With --depth 2 heads also
-learn what a round's second draft is made from, their own guess, and with --state-weight 0 as well
-nothing asks of a guess that it be the target's state.
+learn what a round's second draft is made from, their own guess; --state-weight 0 drops the loss
+that pulls guesses to the target's states (give --depth 2 with it).
 
 The draft is a head on the target: token x_s and the state h_{s-1} that the target predicted it from
 go through one linear layer and one decoder layer of the target's own kind, which guesses h_s; the
@@ -354,7 +354,7 @@ class HeadValidation(Validation):
 
 
 def eagle_step(student, batch: Batch, target: TargetStates, state_weight=STATE_WEIGHT):
-    """EAGLE: both of its losses on every response token."""
+    """EAGLE: `eagle_loss` on every response token."""
     hidden = student.hidden(batch)
     rows = torch.arange(len(batch.index), device=hidden.device)
     return eagle_loss(student, hidden, batch, target, rows, state_weight), len(rows)
@@ -363,7 +363,7 @@ def eagle_step(student, batch: Batch, target: TargetStates, state_weight=STATE_W
 def eagle_adaspec_step(
     student, batch: Batch, target: TargetStates, reference, method, state_weight=STATE_WEIGHT
 ):
-    """EAGLE + AdaSPEC: both losses on the top k of the tokens by KL(p || q) - KL(p || q_ref), over
+    """EAGLE + AdaSPEC: `eagle_loss` on the top k of the tokens by KL(p || q) - KL(p || q_ref), over
     all ranks; the same filter as in `train.adaspec_step`."""
     hidden = student.hidden(batch)
     first_draft = hidden[: len(batch.index)]
@@ -569,8 +569,8 @@ def run_heads(cell: Cell, methods: Sequence[Method]) -> list[dict]:
         label = head_label(method, cell.settings)
         heads[label] = stages[-1]
         summary = storage.read_json(Path(stages[-1].path, "stage.json"))["summary"]
-        of_head = {"accuracy": summary["accuracy"], "depth": cell.settings.depth}
-        of_head["state_weight"] = cell.settings.state_weight
+        of_head = {"depth": cell.settings.depth, "state_weight": cell.settings.state_weight}
+        of_head["accuracy"] = summary["accuracy"]
         costs[label] = training_cost(cell, stages) | of_head
     if rank() == 0:
         storage.remove_folder(cell.folder / "cache")
@@ -608,7 +608,7 @@ def head_label(method: Method, settings: "EagleSettings") -> str:
     if settings.depth > 1:
         changes.append(f"depth={settings.depth}")
     if settings.state_weight != STATE_WEIGHT:
-        changes.append(f"state={settings.state_weight:g}")
+        changes.append(f"state-weight={settings.state_weight:g}")
     return " ".join([names[name], *changes])
 
 
@@ -621,7 +621,7 @@ def head_plan(cell: Cell, method: Method, target: Model) -> Plan:
         init["depth"] = depth
         name += f"-depth-{depth}"
     if state_weight != STATE_WEIGHT:
-        name += f"-state-{state_weight:g}"
+        name += f"-state-weight-{state_weight:g}"
     if cell.settings.draft_vocab:
         token_ids = frequent_tokens(plan.examples, cell.settings.draft_vocab, cell.ends)
         init["token_ids"] = token_ids.tolist()
@@ -718,7 +718,7 @@ class EagleSettings(StudySettings):
     state_weight: float = flag(
         STATE_WEIGHT,
         decimal(0, math.inf),
-        "of the loss that compares guesses with the target's states; 0 (with --depth 2): none",
+        "of the loss that pulls guesses to the target's states; 0: none, give --depth 2 with it",
     )
     draft: str | None = None
     draft_layers: int | None = None
@@ -756,8 +756,8 @@ def parse_arguments(argv) -> tuple[EagleSettings, list[Method]]:
     parser.set_defaults(data="ground-truth")  # a head has no others
     settings, methods = parse_settings(parser, argv, EagleSettings)
     if settings.head:
-        other_head = settings.draft_vocab or settings.depth > 1
-        if settings.pairs != ("custom",) or other_head or settings.state_weight != STATE_WEIGHT:
+        trained_otherwise = settings.depth > 1 or settings.state_weight != STATE_WEIGHT
+        if settings.pairs != ("custom",) or settings.draft_vocab or trained_otherwise:
             parser.error(
                 "--head is measured as it is: give --target, no --pairs, --draft-vocab, --depth "
                 "or --state-weight"

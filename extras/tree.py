@@ -11,10 +11,9 @@ tau alone.
 
     python -m extras.tree --target DIR_OR_HUB_ID --draft DIR_OR_HUB_ID  # alone, chain and tree
 
-The first tree has 4 children under the text and 2 under each of them, 28 nodes on four levels. The
-second has a level of 3 nodes and one of 2: with `beam` the draft keeps of every level the nodes
-that it finds likeliest, whoever their parents are (EAGLE-2, arXiv 2406.16858, without its cut over
-all levels), and so puts few nodes where they count.
+The first tree has 4 children under the text, 2 under each of them and so on, 44 nodes in all. The
+second has a level of 3 nodes and one of 2: with `beam` a level keeps the nodes that the draft finds
+likeliest, whoever their parents are (EAGLE-2, arXiv 2406.16858, without its cut over all levels).
 
 A node must see the text and its own ancestors only. The one way to say so that models share is a
 4-D additive attention_mask with position_ids. GPT-NeoX, Llama, Phi (eager and sdpa) and CodeGen (it
@@ -131,7 +130,8 @@ class Tree:
 
     tokens: list[int]  # of every node
     children: list[list[int]] = field(default_factory=lambda: [[]])  # of every node
-    q: list[torch.Tensor] = field(default_factory=list)  # of nodes above the last level, T > 0
+    # of nodes above the last level, where children were drawn (T > 0, no beam)
+    q: list[torch.Tensor] = field(default_factory=list)
     visible: list[torch.Tensor] = field(default_factory=list)  # a level [nodes, slots so far] each
 
     def add_level(self, first_parent: int, parents: list[int], tokens: list[int]) -> None:
@@ -160,15 +160,12 @@ def likeliest_children(
     logits, parents_log_q, count: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `count` likeliest children of n nodes, from their logits [n, V] and their own
-    log-probabilities [n]: parents, tokens and log-probabilities, [<= count] each; none of
-    probability 0."""
+    log-probabilities [n]: parents, tokens and log-probabilities, [<= count] each."""
     log_q = (logits.float() / (temperature or 1)).log_softmax(-1)
     children = (parents_log_q[:, None] + log_q).flatten()
     log_q, index = children.topk(min(count, len(children)))
-    exist = log_q > -math.inf
-    index = index[exist]
     vocab_size = logits.shape[1]
-    return index // vocab_size, index % vocab_size, log_q[exist]
+    return index // vocab_size, index % vocab_size, log_q
 
 
 def draft_tree(
@@ -224,8 +221,8 @@ def judge(logits, q, drafts: list[int], sampling, generator) -> tuple[int | None
 
     logits [V] of the target; drafts: the children's tokens in the order drawn from q [V]. Recursive
     rejection sampling: what p loses to a rejected child, max(p - q, 0), is what the next is judged
-    by, against q without the tokens already drawn. q None: no chance chose the children, and the
-    one that is the target's own token is accepted.
+    by, against q without the tokens already drawn. q None (temperature 0, or a beam): the children
+    were not drawn, and the one that is the target's own token is accepted.
     """
     if q is None:
         own = own_token(logits, sampling, generator)
@@ -281,8 +278,9 @@ def tree_generate(
     Args: as in `speculative_generate`, but for
         input_ids: [1, T]. branching: branching[d] children for every node at depth d (the root has
             depth 0), fewer where q has fewer tokens (top_k, top_p, a small vocabulary).
-        beam: branching[d] is the number of all nodes below depth d instead, those that the draft
-            finds likeliest after the text.
+        beam: branching[d] counts the nodes at depth d + 1 over all parents instead, those that the
+            draft finds likeliest after the text (at this temperature; top_k and top_p are then
+            the target's alone).
 
     Raises:
         ValueError: as `speculative_generate`; more than one row; a branching < 1; a model that
@@ -361,7 +359,7 @@ def compare(
 
 
 def node_counts(text: str) -> list[int]:
-    """The type of --branching: numbers by depth, as in 4,2,2,1."""
+    """The type of --branching and --beam: numbers by depth, as in 4,2,2,1."""
     return [whole()(part) for part in text.split(",")]
 
 
@@ -373,7 +371,7 @@ def parse_arguments(argv: list[str] | None):
     add("--prompts", help='JSON lines with a "prompt" each; without it the offline test rows')
     add("--limit", type=whole(), default=20, help="the first so many prompts")
     add("--branching", type=node_counts, default="4,2,2,1", help="children of a node, by depth")
-    add("--beam", action="store_true", help="--branching counts the nodes of a level instead")
+    add("--beam", type=node_counts, help="nodes of a level, by depth, in place of --branching")
     add("--gamma", type=whole(), help="drafts of the chain; without it as deep as the tree")
     add("--temperature", type=float, default=0.0, help="0 = greedy")
     add("--max-new-tokens", type=whole(), default=64, help="tokens written at most, a prompt")
@@ -387,7 +385,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    gamma = args.gamma or len(args.branching)
+    branching = args.beam or args.branching
+    gamma = args.gamma or len(branching)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     check_sampling(seed=args.seed, **sampling)
     if args.prompts:
@@ -402,8 +401,8 @@ def main(argv: list[str] | None = None) -> None:
     sampling |= {"eos_token_id": ends, "vocab_size": len(tokenizer)}
     tokens = [prompt_tokens(text, tokenizer) for text in texts[: args.limit]]
     prompts = [torch.tensor([ids], dtype=torch.long, device=device) for ids in tokens]
-    settings = {"branching": args.branching, "beam": args.beam, "gamma": gamma, "seed": args.seed}
-    settings |= sampling
+    settings = {"branching": branching, "beam": bool(args.beam), "gamma": gamma, **sampling}
+    settings["seed"] = args.seed
     result = compare(target, draft, prompts, **settings)
     if args.json:
         print(json.dumps({**vars(args), "device": str(device), "ways": result}))

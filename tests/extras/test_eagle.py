@@ -845,11 +845,13 @@ def test_heads_of_another_depth_or_weight_are_others(target_folder, tmp_path, mo
     assert trained == [(1, 1.0)] * 2 + [(3, 1.0)] * 2 + [(3, 0.0)] * 2
     heads = [next(iter(heads.items())) for _, _, heads, _, _ in results]
     costs = [next(iter(costs.values())) for _, _, _, costs, _ in results]
-    changes = ["", " depth=3", " depth=3 state=0"]
+    changes = ["", " depth=3", " depth=3 state-weight=0"]
     assert [label for label, _ in heads] == [f"EAGLE + AdaSPEC{change}" for change in changes]
-    suffixes = ["", "-depth-3", "-depth-3-state-0"]
+    suffixes = ["", "-depth-3", "-depth-3-state-weight-0"]
     assert [Path(head.path).name for _, head in heads] == [f"eagle-adaspec{x}" for x in suffixes]
     assert len({head.fingerprint for _, head in heads}) == 3
+    record = storage.read_json(Path(heads[0][1].path, "stage.json"))["settings"]
+    assert record["init"] == {"kind": "EAGLE head", "weights of losses": [1.0, 0.1]}
     settings_of_rows = [(cost["depth"], cost["state_weight"]) for cost in costs]
     assert settings_of_rows == [(1, 1.0), (3, 1.0), (3, 0.0)]
 

@@ -142,11 +142,11 @@ def test_a_beam_is_the_likeliest_nodes_of_every_level(pairs, name, temperature):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_with_a_beam_is_the_targets_own(pairs, name):
-    """With all tokens of a level of one node, the counts are those of a chain."""
+    """With one node a level the counts are the chain's."""
     target, half = pairs[name]
     expected = autoregressive_generate(target, PROMPT, max_new_tokens=30)
     settings = {"max_new_tokens": 30, "beam": True}
-    for draft in (half, build(name, seed=77)):
+    for draft in (build(name, seed=77), half):
         for branching in ((3, 2), (2, 4, 3)):
             out = tree_generate(target, draft, PROMPT, branching=branching, **settings)
             assert torch.equal(out.sequences, expected)
@@ -313,29 +313,30 @@ def decode_texts(target, draft, prompt, n, texts, **settings):
 
 
 @pytest.mark.parametrize(
-    ("branching", "sampling", "tokens"),
+    ("branching", "beam", "sampling", "tokens"),
     [
-        ((4,), {"top_k": 2}, 5),  # q has fewer tokens than the tree has children
-        ((3, 1), {"top_p": 0.8}, 5),
-        ((3, 1), {}, 2),  # a short head
-        ((2, 3), {"beam": True}, 5),
-        ((2, 3), {"beam": True, "top_k": 3}, 5),
-        ((3, 1), {"beam": True}, 2),
+        ((4,), False, {"top_k": 2}, 5),  # q has fewer tokens than the tree has children
+        ((3, 1), False, {"top_p": 0.8}, 5),
+        ((3, 1), False, {}, 2),  # a short head
+        ((2, 3), True, {}, 5),
+        ((2, 3), True, {"top_k": 3}, 5),
+        ((3, 1), True, {}, 2),  # the third node is one that the draft cannot have
     ],
 )
-def test_sampling_is_lossless(small, branching, sampling, tokens):
-    """Every continuation of 2 tokens against its exact probability; false alarms 1e-4 for each of 6
-    cases."""
+def test_sampling_is_lossless(small, branching, beam, sampling, tokens):
+    """Every continuation of 2 tokens (of 3, where a beam has a second level) against its exact
+    probability; false alarms 1e-4 for each of 6 cases."""
     target, draft, _ = small
     if tokens < 5:
         draft = shorten_head(copy.deepcopy(draft), torch.tensor([1, 4]))
     prompt = torch.tensor([[1, 0, 3]])
     sampling = {"temperature": 1.0, **sampling}
-    texts, stats = decode_texts(target, draft, prompt, 2, 300, branching=branching, **sampling)
-    codes = torch.tensor([5 * text[3] + text[4] for text in texts])
-    sampling.pop("beam", None)
-    exact = enumerate_texts(target, prompt, 2, 5, **sampling)
-    statistic, critical = chi_square(torch.bincount(codes, minlength=25).double(), exact * 300)
+    n = 3 if beam else 2
+    shape = {"branching": branching, "beam": beam}
+    texts, stats = decode_texts(target, draft, prompt, n, 300, **shape, **sampling)
+    codes = torch.tensor([text[3:] for text in texts]) @ 5 ** torch.arange(n - 1, -1, -1)
+    exact = enumerate_texts(target, prompt, n, 5, **sampling)
+    statistic, critical = chi_square(torch.bincount(codes, minlength=5**n).double(), exact * 300)
     assert statistic < critical
     assert stats.rejected > 10 and stats.accepted > 50
 
@@ -488,7 +489,7 @@ def folders(tmp_path_factory, tokenizer):
     return root
 
 
-def test_command_line_compares(folders, capsys, tmp_path):
+def test_command_line_compares(folders, capsys, tmp_path, monkeypatch):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "Anna has 3"}\n{"prompt": "Ben"}\n')
     models = ["--target", str(folders / "target"), "--draft", str(folders / "draft")]
@@ -504,9 +505,16 @@ def test_command_line_compares(folders, capsys, tmp_path):
         assert ways["target alone"]["tau"] == 1
     assert ways["tree 3,2"]["generated"] == ways["chain 2"]["generated"]
     assert ways["tree 3,2"]["tau"] >= ways["chain 2"]["tau"]
-    tree.main([*models, "--limit", "2", "--branching", "3,2", "--beam", "--json"])
+    shapes = []
+
+    def spy(*models, branching, beam, **settings):
+        shapes.append((branching, beam))
+        return tree_generate(*models, branching=branching, beam=beam, **settings)
+
+    monkeypatch.setattr(tree, "tree_generate", spy)
+    tree.main([*models, "--limit", "2", "--beam", "3,2", "--json"])
     beam = json.loads(capsys.readouterr().out)["ways"]["beam 3,2"]
-    assert beam["positions"] == 6 and beam["tau"] > 1
+    assert beam["positions"] == 6 and beam["tau"] > 1 and shapes == [([3, 2], True)] * 3
     tree.main([*models, "--limit", "2", "--gamma", "5"])
     out = capsys.readouterr().out
     assert "chain 5" in out and "tree 4,2,2,1" in out and "45 positions" in out
