@@ -125,20 +125,22 @@ def decode_in_turn(calls: dict, prompts: list, ends: list[int], device) -> dict[
 
 def summary(turns: dict[str, list[Turn]]) -> dict:
     """By contestant: the speed-up over "alone" with its interval, milliseconds a token (a median
-    too), tau (tokens per target call, of our own), the share of prompts where the text is that of
-    "alone", and tokens per second by prompt."""
+    too), of our own ways tau (tokens per target call) and alpha (of a tree: the share of judged
+    levels that go on), the share of prompts where the text is that of "alone", and tokens per
+    second by prompt."""
     rates = {name: [len(turn.tokens) / turn.seconds for turn in own] for name, own in turns.items()}
     results = {}
     for name, own_rates in rates.items():
         ratios = [rate / alone for rate, alone in zip(own_rates, rates["alone"], strict=True)]
         pairs = zip(turns[name], turns["alone"], strict=True)
         same = [turn.tokens == alone.tokens for turn, alone in pairs]
-        stats = [turn.stats for turn in turns[name] if turn.stats]
+        stats = sum((turn.stats for turn in turns[name] if turn.stats), Stats())
         results[name] = {
             "speedup": statistics.median(ratios),
             "interval": median_interval(ratios),
             "ms_per_token": 1000 / statistics.median(own_rates),
-            "tau": sum(stats, Stats()).tau if stats else None,
+            "tau": stats.tau if stats.target_calls else None,
+            "alpha": stats.alpha if stats.rounds else None,
             "same_text": statistics.mean(same),
             "tokens_per_second": [float(f"{rate:.5g}") for rate in own_rates],
         }
@@ -179,6 +181,8 @@ def main(argv: list[str] | None = None) -> None:
         line = f"  {name:<{width}} {speed}, {result['ms_per_token']:.1f} ms a token"
         if result["tau"]:
             line += f", tau {result['tau']:.2f}"
+        if result["alpha"] is not None:
+            line += f", alpha {result['alpha']:.3f}"
         if args.temperature == 0:
             line += f", same text {result['same_text']:.0%}"
         print(line)

@@ -91,7 +91,7 @@ def test_transformers_gets_no_draft_that_it_refuses(make_model):
 
 def test_speeds_are_medians_over_prompts():
     text = [7] * 10
-    stats = Stats(target_calls=4, generated=10)
+    stats = Stats(rounds=3, accepted=3, rejected=1, target_calls=4, generated=10)
     turns = {
         "alone": [Turn(1.0, text), Turn(0.5, text), Turn(0.25, text)],
         "draft": [Turn(0.5, text), Turn(1 / 6, text, stats), Turn(0.25, [*text[:9], 8], stats)],
@@ -101,7 +101,8 @@ def test_speeds_are_medians_over_prompts():
     assert results["draft"]["interval"] == pytest.approx((1.0, 3.0))
     assert results["draft"]["same_text"] == pytest.approx(2 / 3)
     assert results["alone"]["ms_per_token"] == 50.0 and results["draft"]["ms_per_token"] == 25.0
-    assert results["alone"]["tau"] is None and results["draft"]["tau"] == 2.5
+    assert results["draft"]["tau"] == 2.5 and results["draft"]["alpha"] == 0.75
+    assert results["alone"]["tau"] is None and results["alone"]["alpha"] is None
 
 
 def test_turns_rotate_and_tokens_count_up_to_the_end(monkeypatch):
