@@ -27,7 +27,7 @@ from cli import Parser, decimal, one_of, run_command
 from evaluate import clock, median_interval
 from extras import measure
 from extras.eagle import Eagle
-from extras.tree import node_counts, tree_generate
+from extras.tree import node_counts, tree_generate, tree_name
 from speculative import (
     Stats,
     check_prompt,
@@ -62,16 +62,16 @@ def contestants(args, target, draft, head, ends: list[int], vocab_size: int) -> 
     ours."""
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     options |= {"eos_token_id": ends, "vocab_size": vocab_size}
+    shapes = [{"branching": branching, "beam": False} for branching in args.branching or []]
+    shapes += [{"branching": branching, "beam": True} for branching in args.beam or []]
     calls = {"alone": partial(speculative_generate, target, None, **options)}
     for name, model in (("draft", draft), ("head", head)):
         if model is None:
             continue
         calls[name] = partial(speculative_generate, target, model, gamma=args.gamma, **options)
-        for kind, trees in (("tree", args.branching), ("beam", args.beam)):
-            for branching in trees or []:
-                shape = {"branching": branching, "beam": kind == "beam"}
-                label = f"{name} {kind} {','.join(map(str, branching))}"
-                calls[label] = partial(tree_generate, target, model, **shape, **options)
+        for shape in shapes:
+            label = f"{name} {tree_name(**shape)}"
+            calls[label] = partial(tree_generate, target, model, **shape, **options)
     return calls if args.own else calls | transformers_ways(args, target, draft, ends)
 
 

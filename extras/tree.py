@@ -181,16 +181,16 @@ def draft_tree(
         logits = lane.forward(level, tree.visible[-1], n)
         if beam:
             parents, level, log_q = likeliest_children(logits, log_q, b, sampling[0])
-        else:
-            if sampling[0] > 0:
-                q = distribution(logits, *sampling)
-                tree.q.extend(q)
-                tokens, exist = draw_children(q, b, generator)
-            else:
-                tokens = logits.topk(min(b, logits.shape[-1])).indices
-                exist = torch.ones_like(tokens, dtype=torch.bool)
+        elif sampling[0] > 0:
+            q = distribution(logits, *sampling)
+            tree.q.extend(q)
+            tokens, exist = draw_children(q, b, generator)
             level = tokens[exist]
             parents = exist.nonzero()[:, 0]
+        else:
+            tokens = logits.topk(min(b, logits.shape[-1])).indices
+            level = tokens.flatten()
+            parents = torch.arange(n, device=level.device).repeat_interleave(tokens.shape[1])
         lane.descend(parents)
         itself = torch.eye(len(level), dtype=torch.bool, device=level.device)
         tree.visible.append(torch.cat([tree.visible[-1][-n:][parents], itself], 1))
@@ -321,21 +321,26 @@ def tree_generate(
 # Comparison: the target alone, a chain and a tree
 
 
+def tree_name(branching, beam: bool) -> str:
+    """As in "tree 4,2,2,1" and "beam 3,2"."""
+    return f"{'beam' if beam else 'tree'} {','.join(map(str, branching))}"
+
+
 def compare(
     target, draft, prompts, *, branching, gamma, beam=False, seed=0, **sampling
 ) -> dict[str, dict]:
     """The target alone, a chain and a tree on the same prompts [1, T], in turn: counts, rates and
     seconds per token. tau is per target call, and so at equal target calls; positions = what a
     target call scores beside the prompt, at most."""
-    nodes = sum(math.prod(branching[: depth + 1]) for depth in range(len(branching)))
     if beam:
         nodes = sum(branching)
-    tree = f"{'beam' if beam else 'tree'} {','.join(map(str, branching))}"
+    else:
+        nodes = sum(math.prod(branching[: depth + 1]) for depth in range(len(branching)))
     shape = {"branching": branching, "beam": beam}
     ways = {  # name: positions, the function, its models and its settings
         "target alone": (1, speculative_generate, (target, None), {}),
         f"chain {gamma}": (gamma + 1, speculative_generate, (target, draft), {"gamma": gamma}),
-        tree: (nodes + 1, tree_generate, (target, draft), shape),
+        tree_name(**shape): (nodes + 1, tree_generate, (target, draft), shape),
     }
     stats = {name: [] for name in ways}
     seconds = dict.fromkeys(ways, 0.0)
