@@ -91,6 +91,7 @@ def recipe(task: str, pair_name: str, pair: Pair, settings: "Settings") -> Recip
 
 LOSSES = ("ce", *DIVERGENCES)  # ce: cross-entropy of the data's tokens, fine-tuning
 SOURCES = ("ground-truth", "target", "on-policy", "mixed")
+MATCHES = ("steps", "epochs", "tokens")  # see Method.match
 LABELS = {"distillspec": "DistillSpec", "adaspec": "AdaSPEC", "best": "best"}
 
 
@@ -129,7 +130,7 @@ class Method:
     def __post_init__(self):
         choices = {"name": LABELS, "divergence": LOSSES, "gap": LOSSES, "reference": LOSSES}
         choices |= {"data": SOURCES, "select": SELECTIONS, "decay": DECAYS}
-        choices |= {"match": ("steps", "epochs", "tokens")}
+        choices |= {"match": MATCHES}
         for key, valid in choices.items():
             if getattr(self, key) not in valid:
                 raise ValueError(f"{key} {getattr(self, key)!r} is none of {', '.join(valid)}")
@@ -332,7 +333,7 @@ def parse_settings(parser: Parser, argv, settings_class=Settings) -> tuple[Setti
         if name == "best" and settings.batch:
             flags["batch"] = settings.batch
         if name == "adaspec":
-            flags["k"] = arguments["k"]
+            flags |= {key: arguments[key] for key in ("k", "match") if key in arguments}
         methods.append(replace(METHODS[name], **flags))
     return settings, methods
 

@@ -57,7 +57,7 @@ from cells import (
     target_plan,
     write_missing_responses,
 )
-from cli import Parser, add_flags, decimal, flag, run_command, some_of, whole
+from cli import Parser, add_flags, decimal, flag, one_of, run_command, some_of, whole
 from data import Batch, Example, all_tokens, make_batch
 from extras.ablations import StudySettings
 from extras.report import eagle_table
@@ -67,8 +67,8 @@ from history import Validation
 from models import load_model, model_identity
 from ranks import gather_objects, leave, rank, say, world_size
 from run_all import checked_cells, evaluate_drafts, print_tables
+from settings import MATCHES, PRESETS, Method, Settings, parse_settings
 from settings import PAIRS as MODEL_PAIRS
-from settings import PRESETS, Method, Settings, parse_settings
 from short_head import coverage, frequent_tokens, outside_log_odds, shortened
 from speculative import Lane, takes_positions
 from stages import (
@@ -752,6 +752,13 @@ def parse_arguments(argv) -> tuple[EagleSettings, list[Method]]:
     add_flags(parser, EagleSettings)
     parser.add_argument(
         "--k", type=decimal(0, 1, above=True), default=0.4, help="AdaSPEC's fraction of tokens"
+    )
+    parser.add_argument(
+        "--match",
+        type=one_of(MATCHES),
+        default="steps",
+        help="what AdaSPEC has in common with EAGLE of as many epochs: steps, epochs (in batches "
+        "1/k as large) or tokens (that bear loss, in such batches; 1/k the epochs)",
     )
     parser.set_defaults(data="ground-truth")  # a head has no others
     settings, methods = parse_settings(parser, argv, EagleSettings)

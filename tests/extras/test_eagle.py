@@ -933,6 +933,7 @@ def test_command_ends_in_the_table_and_uses_heads_again(
         ("--divergence tvd", "unrecognized arguments: --divergence tvd"),
         ("--draft x", "unrecognized arguments: --draft x"),
         ("--k 0", "argument --k: must be a number above 0 and at most 1"),
+        ("--match rows", "argument --match: unknown name 'rows', expected one of steps, epochs, "),
         ("--max-new-tokens 2", "must be a whole number of at least 3"),
     ],
 )
@@ -947,6 +948,8 @@ def test_flags_and_methods(tmp_path):
     settings, methods = eagle.parse_arguments(["--k", "0.2", "--methods", "AdaSPEC"])
     assert methods == [Method("adaspec", k=0.2)] and settings.split == "test"
     assert settings.pairs == ("tiny-eagle",)
+    _, methods = eagle.parse_arguments(["--match", "tokens"])
+    assert methods == [Method("distillspec"), Method("adaspec", match="tokens")]
     assert eagle.parse_arguments(["--preset", "tiny"])[0].pairs == ("tiny-eagle",)
     flags = ["--preset", "tiny", "--target", "x"]
     assert eagle.parse_arguments(flags)[0].pairs == ("custom",)
