@@ -159,6 +159,12 @@ def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The argmax [...] of logits [..., V], the first of equals. In bfloat16 on a CPU `max` takes a
+    fifth of argmax's time."""
+    return logits.max(-1).indices
+
+
 def verify(p, q, drafts, usable, uniforms, relax=None):
     """How many drafts each row accepts, [B], and the target's own token after them, [B, 1].
 
@@ -190,7 +196,7 @@ def verify_greedy(logits, drafts, usable, relax=None):
     """`verify` at temperature 0, from the target's logits [B, g+1, V]: a draft passes if it is the
     target's argmax, or by lossy acceptance."""
     g = drafts.shape[1]
-    greedy = logits.argmax(-1)
+    greedy = likeliest(logits)
     if g == 0:
         return usable, greedy
     passed = drafts == greedy[:, :g]
@@ -553,7 +559,7 @@ def draft_tokens(lane, tokens, g: int, uniforms, sampling):
             q.append(distribution(logits, *sampling))
             tokens = draw(q[-1], uniforms[:, i : i + 1])
         else:
-            tokens = logits.argmax(-1, keepdim=True)
+            tokens = likeliest(logits)[:, None]
         drafts = torch.cat([drafts, tokens], 1)
     return drafts, q
 

@@ -50,6 +50,7 @@ from speculative import (
     draw,
     end_token_list,
     inference,
+    likeliest,
     shared_vocabulary,
     speculative_generate,
     takes_positions,
@@ -210,7 +211,7 @@ def score_tree(lane: TreeLane, text: list[int], tree: Tree) -> torch.Tensor:
 def own_token(logits, sampling, generator) -> int:
     """A token of the target's own, from its logits [V]."""
     if sampling[0] == 0:
-        return int(logits.argmax())
+        return int(likeliest(logits))
     p = distribution(logits, *sampling)
     uniform = torch.rand(1, 1, dtype=torch.float64, device=p.device, generator=generator)
     return int(draw(p[None], uniform))

@@ -523,6 +523,15 @@ def test_no_residual_falls_back_to_the_target():
     assert accepted.sum() == 1000  # and without rounding p == q is accepted whatever the draw
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_first_of_equal_logits_is_the_likeliest(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 30, (4, 3, 5000), generator=generator).to(dtype)
+    logits[..., 7::6] = -math.inf
+    assert torch.equal(speculative.likeliest(logits), logits.argmax(-1))
+    assert torch.equal(speculative.likeliest(logits[0, 0]), logits[0, 0].argmax())
+
+
 def test_a_token_of_no_weight_is_never_drawn():
     weights = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
     for uniform, token in ((0.0, 1), (0.29, 1), (0.31, 3), (1 - 2**-53, 3)):
