@@ -183,15 +183,16 @@ def eagle_table(rows: list[dict]) -> str:
             means = eagle_means(list(by_seed.values()), columns)
             means = [mean.replace("+", "") for mean in means]
             lines.append(" | ".join([*map(str, cell), draft, *means]))
-            baseline = drafts.get("EAGLE", {})
+            plain = plain_head(draft)
+            baseline = drafts.get(plain, {})
             seeds = [seed for seed in by_seed if seed in baseline]
-            if draft != "EAGLE" and seeds:
+            if draft != plain and seeds:
                 gained = [
                     {key: by_seed[seed][key] - baseline[seed][key] for key in columns}
                     for seed in seeds
                 ]
                 gains_of_cell = eagle_means(gained, columns)
-                lines.append(" | ".join([*map(str, cell), "over EAGLE", *gains_of_cell]))
+                lines.append(" | ".join([*map(str, cell), f"over {plain}", *gains_of_cell]))
     headings = ["task", "pair", "T", "draft", *(heading for heading, _ in columns.values())]
     note = (
         f"\nMeans over {len(distinct(rows, 'seed'))} seeds (95% interval of the mean over seeds, "
@@ -199,6 +200,12 @@ def eagle_table(rows: list[dict]) -> str:
         "head and target, teacher-forced, have the same argmax.\n"
     )
     return "\n".join([note, *grid(" | ".join(headings), lines)])
+
+
+def plain_head(draft: str) -> str:
+    """The label of the plain EAGLE head with a head's own settings."""
+    own = [word for word in draft.split() if word.startswith(("depth=", "state-weight="))]
+    return " ".join(["EAGLE", *own])
 
 
 def eagle_means(rows: list[dict], columns: dict) -> list[str]:

@@ -123,6 +123,10 @@ def test_eagle_table_gains_seed_by_seed(prompts, has_speeds):
     assert "| gsm8k | e | 0.0 | EAGLE | 0.650 (" in text and "2 seeds" in text
     assert ("speed-up" in text) is has_speeds
     assert report.eagle_table([{"draft": "AdaSPEC"}]) == ""
+    deeper = [row | {"draft": f"{row['draft']} match=tokens depth=2"} for row in rows[2:]]
+    deeper += [row | {"draft": "EAGLE depth=2"} for row in rows[:2]]
+    text = report.eagle_table(rows[:2] + deeper)
+    assert "over EAGLE depth=2 | +0.015 (" in text and "over EAGLE |" not in text
 
 
 # docs/results.md
