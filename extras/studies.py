@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 from extras.ablations import COMPARISONS
@@ -135,7 +136,9 @@ def count_methods(commands: list[str]) -> int:
                 names = words[words.index("--methods") + 1]
             if "--head" in words:  # measured as it is
                 names = "none"
-            methods += [METHODS.get(name, name) for name in names.lower().split(",")]
+            match = words[words.index("--match") + 1] if "--match" in words else "steps"
+            by_name = METHODS | {"adaspec": replace(METHODS["adaspec"], match=match)}
+            methods += [by_name.get(name, name) for name in names.lower().split(",")]
     return len(set(methods) - {"none"})
 
 

@@ -309,6 +309,8 @@ def test_methods_are_counted_once_and_what_is_left_out_is_said():
     ]
     assert studies.count_methods(commands[:1]) == 0
     assert studies.count_methods(commands) == 3
+    commands.append("python -m extras.eagle --methods adaspec --match tokens")
+    assert studies.count_methods(commands) == 4
     k = "python -m extras.ablations k --tasks mbpp"
     assert studies.count_methods([k]) == studies.count_methods([k, k]) == 10
     study = make_study(
