@@ -49,6 +49,7 @@ from speculative import (
     distribution,
     draw,
     end_token_list,
+    grouped_attention,
     inference,
     likeliest,
     shared_vocabulary,
@@ -300,7 +301,7 @@ def tree_generate(
     limit = len(text) + max_new_tokens
     stats = Stats()
     target_lane, draft_lane = make_lanes(target, draft, input_ids, vocab_size)
-    with inference(target, draft):
+    with inference(target, draft), grouped_attention(input_ids):
         while True:
             length = len(text)
             # A round's last token is the target's own, and no level is of use beyond it.

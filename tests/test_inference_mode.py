@@ -2,6 +2,7 @@
 a CPU gives what the layers give."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -39,6 +40,25 @@ def test_what_comes_out_may_be_used_under_autograd(architecture, make_model):
     for model in (target, draft):
         model(input_ids=text, labels=labels).loss.backward()
         copy.deepcopy(model).double()(input_ids=text, labels=labels).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "during"), [(1, None, "1"), (2, None, None), (1, "0", "0")]
+)
+def test_one_row_reads_shared_keys_where_they_are(rows, given, during, make_model, monkeypatch):
+    """By transformers' switch, put back afterwards, which changes no token."""
+    variable = "TRANSFORMERS_SDPA_FORCE_GQA"
+    monkeypatch.delenv(variable, raising=False)
+    if given is not None:
+        monkeypatch.setenv(variable, given)
+    target = make_model("llama", num_key_value_heads=1, initializer_range=0.2)
+    seen = []
+    target.register_forward_hook(lambda *_: seen.append(os.environ.get(variable)))
+    ids = torch.randint(1, 300, (rows, 9), generator=torch.Generator().manual_seed(0))
+    output = speculative_generate(target, target, ids, max_new_tokens=12)
+    assert set(seen) == {during} and os.environ.get(variable) == given
+    expected = target.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert torch.equal(output.sequences, expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])

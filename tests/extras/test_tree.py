@@ -4,6 +4,7 @@ cases and the command line. Statistical tests: see tests/sampling.py."""
 import copy
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -73,6 +74,17 @@ def test_eager_and_sdpa_take_the_mask(name):
         assert torch.equal(
             tree_generate(target, noised(target), PROMPT, max_new_tokens=20).sequences, expected
         )
+
+
+def test_shared_keys_are_read_where_they_are(pairs):
+    """As in tests/test_inference_mode.py."""
+    target, half = copy.deepcopy(pairs["llama"])
+    settings = []
+    target.register_forward_hook(
+        lambda *_: settings.append(os.environ.get("TRANSFORMERS_SDPA_FORCE_GQA"))
+    )
+    tree_generate(target, half, PROMPT, max_new_tokens=5)
+    assert set(settings) == {"1"}
 
 
 @pytest.mark.parametrize(("name", "depth"), [("llama", 4), ("codegen", 1)])
