@@ -362,7 +362,8 @@ def inference(*models):
 def grouped_attention(input_ids):
     """For one row on a CPU: attention reads keys that heads share where they are. transformers
     copies them for every head where there is a mask, and so for every block of drafts. (In batches
-    steps of one token would take longer.)"""
+    steps of one token would take longer.) The switch is the process's: with threads that decode at
+    once it may be on or off for all of them, which changes rounding and speed alone."""
     variable = "TRANSFORMERS_SDPA_FORCE_GQA"  # a user's own setting stays
     gains = len(input_ids) == 1 and input_ids.device.type == "cpu" and variable not in os.environ
     if gains:

@@ -125,7 +125,9 @@ def test_eagle_table_gains_seed_by_seed(prompts, has_speeds):
     assert report.eagle_table([{"draft": "AdaSPEC"}]) == ""
     deeper = [row | {"draft": f"{row['draft']} match=tokens depth=2"} for row in rows[2:]]
     deeper += [row | {"draft": "EAGLE depth=2"} for row in rows[:2]]
-    text = report.eagle_table(rows[:2] + deeper)
+    stateless = [row | {"draft": f"{row['draft']} state-weight=0"} for row in rows]
+    text = report.eagle_table(rows[:2] + deeper + stateless)
+    assert "over EAGLE state-weight=0 | +0.015 (" in text
     assert "over EAGLE depth=2 | +0.015 (" in text and "over EAGLE |" not in text
 
 

@@ -76,15 +76,15 @@ def test_eager_and_sdpa_take_the_mask(name):
         )
 
 
-def test_shared_keys_are_read_where_they_are(pairs):
+def test_shared_keys_are_read_where_they_are(pairs, monkeypatch):
     """As in tests/test_inference_mode.py."""
+    variable = "TRANSFORMERS_SDPA_FORCE_GQA"
+    monkeypatch.delenv(variable, raising=False)
     target, half = copy.deepcopy(pairs["llama"])
     settings = []
-    target.register_forward_hook(
-        lambda *_: settings.append(os.environ.get("TRANSFORMERS_SDPA_FORCE_GQA"))
-    )
+    target.register_forward_hook(lambda *_: settings.append(os.environ.get(variable)))
     tree_generate(target, half, PROMPT, max_new_tokens=5)
-    assert set(settings) == {"1"}
+    assert set(settings) == {"1"} and variable not in os.environ
 
 
 @pytest.mark.parametrize(("name", "depth"), [("llama", 4), ("codegen", 1)])
