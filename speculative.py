@@ -757,9 +757,10 @@ def expected_acceptance(
 
 def token_acceptance(p_logits, q_logits, tokens, temperature, top_k, top_p) -> Acceptance:
     """Acceptance where the models' logits [n, V] predict the tokens [n]."""
-    agree = p_logits.argmax(-1) == q_logits.argmax(-1)
+    greedy_draft = likeliest(q_logits)
+    agree = greedy_draft == likeliest(p_logits)
     if temperature == 0:
-        return Acceptance(agree.float(), agree, (q_logits.argmax(-1) == tokens).float())
+        return Acceptance(agree.float(), agree, (greedy_draft == tokens).float())
     p = distribution(p_logits, temperature, top_k, top_p)
     q = distribution(q_logits, temperature, top_k, top_p)
     overlap = torch.minimum(p, q).sum(-1)
